@@ -1,0 +1,23 @@
+"""What every benchmark is told, and the names there are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+NAMES = ("swap", "dormant", "active", "reuse", "restart")
+MODELS = ("transformer", "cnn")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What every benchmark is told.
+
+    Attributes:
+        models: Which of the two models, in this order.
+        quick: Few rounds and one repetition: to see that it runs, not for figures to report.
+        seed: Of the models, the data and the order of sides.
+    """
+
+    models: tuple[str, ...] = MODELS
+    quick: bool = False
+    seed: int = 0

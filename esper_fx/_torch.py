@@ -1,0 +1,249 @@
+"""Every private PyTorch API that esper_fx touches, in one place. Checked on torch 2.11, 2.13 and 2.15."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import threading
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+BACKEND_NAME = "esper"
+
+_GRAPH_LOCK = threading.RLock()
+
+
+# Dynamo
+
+
+@torch.compiler.assume_constant_result
+def compiling_for_esper() -> bool:
+    """Whether Dynamo is tracing for the esper backend right now; evaluated once, while tracing."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    backend: Any = InstructionTranslator.current_tx().output.compiler_fn
+    for _ in range(8):
+        if getattr(backend, "esper_backend", False) or backend == BACKEND_NAME:
+            return True
+        inner = getattr(backend, "_torchdynamo_orig_backend", None) or getattr(backend, "compiler_fn", None)
+        if inner is None or inner is backend:
+            return False
+        backend = inner
+    return False
+
+
+def is_recompile() -> bool:
+    """Whether Dynamo compiles a frame now that it has compiled before."""
+    from torch._guards import CompileContext
+
+    compile_id = CompileContext.current_compile_id()
+    return compile_id is not None and bool(compile_id.frame_compile_id)
+
+
+def disable(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep Dynamo out of a function."""
+    return torch._dynamo.disable(function)
+
+
+# Inductor
+
+
+class Uncacheable(Exception):
+    """A graph holds something that cannot be serialised."""
+
+
+def compile_graph(
+    module: fx.GraphModule, inputs: Sequence[torch.Tensor], cacheable: dict[str, str], *, threads: int | None = None
+) -> tuple[Callable[..., Any], bytes]:
+    """Compile a graph with Inductor, forward and backward, and return the callable and its serialised form.
+
+    Args:
+        module: PyTorch functions and methods only; every node annotated with ``meta["example_value"]``.
+        inputs: Example inputs whose shape, stride, dtype, device and requires_grad are compiled for.
+        cacheable: Qualified names of functions of ours in the graph, with a digest of their source.
+        threads: Number of C++ compilations at once; None leaves Inductor's setting.
+
+    Raises:
+        Uncacheable: Compilation is possible but not serialisation.
+    """
+    import torch._functorch.config as functorch_config
+    import torch._inductor.config as inductor_config
+    from torch._functorch._aot_autograd.autograd_cache import BypassAOTAutogradCache
+    from torch._inductor import standalone_compile
+    from torch._inductor.standalone_compile import AOTCompiledArtifact
+
+    options: dict[str, Any] = {"unsafe_marked_cacheable_functions": cacheable}
+    if threads is not None:
+        options["compile_threads"] = threads
+    with (
+        functorch_config.patch(
+            force_non_lazy_backward_lowering=True,
+            bundled_autograd_cache=True,
+            strict_autograd_cache=True,
+            autograd_cache_allow_custom_autograd_functions=True,
+        ),
+        inductor_config.patch(options),
+        _libraries_used() as used,
+    ):
+        try:
+            artifact = standalone_compile(module, list(inputs), dynamic_shapes="from_example_inputs", aot=True)
+        except BypassAOTAutogradCache as error:
+            raise Uncacheable(str(error)) from error
+        serialized = artifact.serialize()
+        # Inductor leaves the backward's C++ to be built when it is first loaded: build it here, not where it is loaded.
+        kernel = AOTCompiledArtifact.deserialize(serialized)
+        return kernel, _pack(serialized, used())
+
+
+def load_graph(data: bytes) -> Callable[..., Any]:
+    """Load what :func:`compile_graph` serialised, in any process of a machine of the same kind. Executes code."""
+    import torch._inductor.config as inductor_config
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+    from torch._inductor.standalone_compile import AOTCompiledArtifact
+
+    artifact, files = _unpack(data)
+    folder = cache_dir()
+    for name, content in files.items():
+        path = os.path.join(folder, name)
+        if not os.path.exists(path):
+            _write_atomic(path, content)
+    # The libraries were built where they came from: nothing is compiled here, and the vector instructions are known good.
+    with inductor_config.patch({"cpp.vec_isa_ok": True}), _no_precompiled_header():
+        return AOTCompiledArtifact.deserialize(artifact)
+
+
+@contextlib.contextmanager
+def _libraries_used() -> Iterator[Callable[[], dict[str, bytes]]]:
+    """Collect the C++ libraries that Inductor builds or reuses meanwhile, by their path in Inductor's cache folder."""
+    from torch._inductor.codecache import CppPythonBindingsCodeCache
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    with _GRAPH_LOCK:
+        outer = CppPythonBindingsCodeCache.cache
+        CppPythonBindingsCodeCache.cache = mine = {}
+
+        def collect() -> dict[str, bytes]:
+            files = {}
+            for key in mine:
+                name = os.path.join(key[1:3], f"{key}.main.so")
+                path = os.path.join(cache_dir(), name)
+                if os.path.exists(path):
+                    with open(path, "rb") as file:
+                        files[name] = file.read()
+            return files
+
+        try:
+            yield collect
+        finally:
+            CppPythonBindingsCodeCache.cache = {**outer, **mine}
+
+
+@contextlib.contextmanager
+def _no_precompiled_header() -> Iterator[None]:
+    """Keep Inductor from precompiling a header before it looks whether the library is there already."""
+    from torch._inductor.codecache import CppPythonBindingsCodeCache as Libraries
+
+    with _GRAPH_LOCK:
+        inherited = Libraries.__dict__.get("_get_uncompiled_header")
+        Libraries._get_uncompiled_header = classmethod(lambda cls, device: None)  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            if inherited is None:
+                del Libraries._get_uncompiled_header
+            else:
+                Libraries._get_uncompiled_header = inherited
+
+
+def _pack(artifact: bytes, files: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        archive.writestr("artifact", artifact)
+        for name, content in files.items():
+            archive.writestr(f"library/{name}", content)
+    return buffer.getvalue()
+
+
+def _unpack(data: bytes) -> tuple[bytes, dict[str, bytes]]:
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        names = [name for name in archive.namelist() if name.startswith("library/")]
+        return archive.read("artifact"), {name.removeprefix("library/"): archive.read(name) for name in names}
+
+
+def _write_atomic(path: str, content: bytes) -> None:
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    temporary = f"{path}.{os.getpid()}.{threading.get_ident()}.tmp"
+    with open(temporary, "wb") as file:
+        file.write(content)
+    os.replace(temporary, path)
+
+
+def warm_inductor() -> None:
+    """Import what loading a kernel needs, so that no step has to."""
+    import torch._functorch._aot_autograd.autograd_cache
+    import torch._inductor.compile_fx
+    import torch._inductor.standalone_compile  # noqa: F401
+
+
+def cpp_compiler() -> str:
+    """Path or name of the C++ compiler that Inductor uses; raises RuntimeError where there is none."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        return str(get_cpp_compiler())
+    except Exception as error:
+        raise RuntimeError(f"no C++ compiler found: {error}") from error
+
+
+def compile_environment() -> dict[str, str]:
+    """What compiled code depends on besides the graph: versions, CPU features, accelerator, matmul and determinism flags."""
+    device = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
+    return {
+        "torch": f"{torch.__version__} {torch.version.git_version}",
+        "triton": _version_of("triton"),
+        "cpu": str(torch.backends.cpu.get_cpu_capability()),
+        "threads": str(torch.get_num_threads()),
+        "gpu": "" if device is None else f"{device.name} {device.major}.{device.minor}",
+        "matmul": torch.get_float32_matmul_precision(),
+        "deterministic": str(torch.are_deterministic_algorithms_enabled()),
+    }
+
+
+def inductor_settings() -> dict[str, Any]:
+    """The user's Inductor configuration: whatever differs in it gives other code. Only what can be sent to a worker."""
+    import torch._inductor.config as inductor_config
+
+    settings = inductor_config.save_config_portable()
+    for name in ("compile_threads", "worker_start_method", "unsafe_marked_cacheable_functions"):
+        settings.pop(name, None)
+    return {name: value for name, value in sorted(settings.items()) if _is_plain(value)}
+
+
+def inductor_patch(settings: dict[str, Any]) -> contextlib.AbstractContextManager[Any]:
+    """Apply settings from another process to Inductor here."""
+    import torch._inductor.config as inductor_config
+
+    known = {name: value for name, value in settings.items() if inductor_config.save_config_portable().get(name) != value}
+    return inductor_config.patch(known) if known else contextlib.nullcontext()
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(_is_plain(item) for item in value)
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def _version_of(package: str) -> str:
+    from importlib import metadata
+
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""

@@ -1,0 +1,76 @@
+"""Pieces that the builtin blueprints share: layers that mix features only, activations, and checks."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from esper_fx.errors import BlueprintError
+from esper_fx.site import SiteSpec
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
+_CONVOLUTIONS: dict[int, type[nn.Module]] = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
+
+
+class TwoLayers(nn.Module):
+    """delta = up(activation(down(x))), over the features at every position."""
+
+    def __init__(self, down: nn.Module, activation: nn.Module, up: nn.Module) -> None:
+        super().__init__()
+        self.down = down
+        self.activation = activation
+        self.up = up
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[*, D]`` or ``[N, C, *]`` to a delta of the same shape."""
+        delta: Tensor = self.up(self.activation(self.down(x)))
+        return delta
+
+
+def fits_features(site: SiteSpec) -> str | None:
+    """Why `pointwise` cannot work at this site, or None if it can."""
+    if not site.dtype.is_floating_point:
+        return f"its dtype is {site.dtype}, expected a floating one"
+    if site.is_channel_first:
+        return None if site.ndim in _CONVOLUTIONS else f"it is a map with {site.ndim} dimensions, expected 3 to 5"
+    if site.feature_dim != site.ndim - 1:
+        return f"its features are dimension {site.feature_dim} of {site.ndim}, expected 1 or the last one"
+    return None
+
+
+def pointwise(site: SiteSpec, inputs: int, outputs: int, *, bias: bool) -> nn.Module:
+    """A linear map of the feature dimension: `nn.Linear` on ``[*, D]``, a 1x1 convolution on ``[N, C, *]``."""
+    if site.is_channel_first:
+        return _CONVOLUTIONS[site.ndim](inputs, outputs, kernel_size=1, bias=bias)
+    return nn.Linear(inputs, outputs, bias=bias)
+
+
+def zero_(layer: nn.Module) -> nn.Module:
+    """Set all parameters of a layer to zero."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
+
+
+def activation_module(blueprint: str, name: str | None) -> nn.Module:
+    """The activation of that name; None is the identity.
+
+    Raises:
+        BlueprintError: If there is no such activation.
+    """
+    if name is None:
+        return nn.Identity()
+    if name not in ACTIVATIONS:
+        options = ", ".join(repr(option) for option in ACTIVATIONS)
+        raise BlueprintError(f"activation={name!r} for blueprint {blueprint!r}: expected None, {options}")
+    return ACTIVATIONS[name]()
+
+
+def check_positive(blueprint: str, **values: int) -> None:
+    """Refuse anything but whole numbers from 1.
+
+    Raises:
+        BlueprintError: Naming the parameter and its value.
+    """
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise BlueprintError(f"{name}={value!r} for blueprint {blueprint!r}: expected a whole number from 1")

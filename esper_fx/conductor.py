@@ -1,0 +1,108 @@
+"""The conductor of a model: a coroutine on the engine's thread that works through what there is to get ready."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import weakref
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, Protocol
+
+logger = logging.getLogger(__name__)
+
+
+class Workload(Protocol):
+    """What a conductor works on."""
+
+    def work(self) -> list[Future[Any]]:
+        """One round; returns what to wait for before the next one, nothing when all is done."""
+
+
+class Runner(Protocol):
+    """Where a conductor runs."""
+
+    def run(self, coroutine: Any) -> Future[Any]:
+        """Run a coroutine on the engine's thread."""
+
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """The event loop of that thread."""
+
+
+class Conductor:
+    """Calls ``work`` whenever it is kicked, and again whenever something that the last round waits for is there.
+
+    It holds its workload weakly and ends with it.
+    """
+
+    def __init__(self, workload: Workload) -> None:
+        self._workload = weakref.ref(workload)
+        self._lock = threading.Lock()
+        self._idle = threading.Event()
+        self._idle.set()
+        self._kicks = 0
+        self._wake: Callable[[], None] | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is work that is not done."""
+        return not self._idle.is_set()
+
+    def wait(self, timeout: float) -> bool:
+        """Wait until all is done; returns False after ``timeout`` seconds."""
+        return self._idle.wait(timeout)
+
+    def kick(self, runner: Runner) -> None:
+        """There may be something to do; returns at once."""
+        with self._lock:
+            self._kicks += 1
+            self._idle.clear()
+            if self._wake is None:
+                loop, event = runner.loop(), asyncio.Event()
+                self._wake = _waker(loop, event)
+                runner.run(_conduct(weakref.ref(self), self._workload, event, self._wake))
+                workload = self._workload()
+                if workload is not None:
+                    weakref.finalize(workload, self._wake)
+        self._wake()
+
+    def rest(self, kicks: int) -> None:
+        """Nothing is left to do, unless there has been a kick since ``kicks`` were counted."""
+        with self._lock:
+            if self._kicks == kicks:
+                self._idle.set()
+
+
+def _waker(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> Callable[[], None]:
+    def wake(_: Any = None) -> None:
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(event.set)
+
+    return wake
+
+
+async def _conduct(
+    reference: weakref.ref[Conductor],
+    workload: weakref.ref[Any],
+    event: asyncio.Event,
+    wake: Callable[..., None],
+) -> None:
+    while True:
+        await event.wait()
+        event.clear()
+        conductor, target = reference(), workload()
+        if conductor is None or target is None:
+            return
+        kicks = conductor._kicks
+        try:
+            waiting = target.work()
+        except Exception:
+            logger.exception("preparing a change failed; the model runs on as it is")
+            waiting = []
+        if waiting:
+            for future in waiting:
+                future.add_done_callback(wake)
+        else:
+            conductor.rest(kicks)
+        del conductor, target, waiting

@@ -1,0 +1,128 @@
+"""Compile one region: what a worker process does with a job, and the same in the training process for the first call."""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from esper_fx import _torch, ops
+from esper_fx.passes import serialize
+from esper_fx.passes.propagate import propagate
+from esper_fx.passes.record import TensorMeta
+
+TARGET = "esper_fx.engine.build:run_job"
+WARM_TARGET = "esper_fx.engine.build:warm"
+
+
+@dataclass(frozen=True)
+class Ambient:
+    """The state around a call that compilation reads.
+
+    Attributes:
+        grad: Whether gradients are recorded.
+        autocast: For each device type with autocast on, its dtype.
+        environment: Versions, CPU features, accelerator and numeric flags.
+        inductor: The user's Inductor settings.
+    """
+
+    grad: bool
+    autocast: tuple[tuple[str, torch.dtype], ...]
+    environment: dict[str, str]
+    inductor: dict[str, Any]
+
+    @classmethod
+    def current(cls) -> Ambient:
+        """Read it off the calling thread."""
+        grad = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+        kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+        autocast = tuple((kind, torch.get_autocast_dtype(kind)) for kind in kinds)
+        return cls(grad, autocast, _torch.compile_environment(), _torch.inductor_settings())
+
+    def describe(self) -> dict[str, Any]:
+        """A JSON value, for keys."""
+        autocast = [[kind, str(dtype)] for kind, dtype in self.autocast]
+        return {"grad": self.grad, "autocast": autocast, "environment": self.environment}
+
+    @contextlib.contextmanager
+    def on_this_thread(self) -> Iterator[None]:
+        """Set the grad mode and autocast of the calling thread to these."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.set_grad_enabled(self.grad))
+            for kind in ("cpu", "cuda"):
+                dtype = dict(self.autocast).get(kind)
+                if dtype is not None or torch.is_autocast_enabled(kind):
+                    stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=dtype is not None))
+            yield
+
+    @contextlib.contextmanager
+    def in_this_process(self) -> Iterator[None]:
+        """Like :meth:`on_this_thread`, and set Inductor, the number of threads and the precision of products to these."""
+        threads, wanted = torch.get_num_threads(), int(self.environment["threads"])
+        with self.on_this_thread(), _torch.inductor_patch(self.inductor):
+            torch.set_float32_matmul_precision(self.environment["matmul"])
+            try:
+                if wanted != threads:
+                    torch.set_num_threads(wanted)
+                yield
+            finally:
+                if wanted != threads:
+                    torch.set_num_threads(threads)
+
+
+def make_payload(module: fx.GraphModule, inputs: tuple[TensorMeta, ...], ambient: Ambient) -> bytes:
+    """Serialise what :func:`run_job` needs."""
+    return pickle.dumps((serialize.dumps(module), inputs, ambient))
+
+
+def run_job(payload: bytes) -> bytes:
+    """Compile a region in a worker; returns the artifact's bytes."""
+    graph, inputs, ambient = pickle.loads(payload)
+    return compile_region(serialize.loads(graph), inputs, ambient, threads=1)[1]
+
+
+def compile_region(
+    module: fx.GraphModule, inputs: tuple[TensorMeta, ...], ambient: Ambient, *, threads: int | None = None
+) -> tuple[Callable[..., Any], bytes]:
+    """Compile a region for these inputs; returns the callable and its serialised form.
+
+    Args:
+        module: The region's variant: a graph of PyTorch functions.
+        inputs: What its placeholders are.
+        ambient: The state to compile in.
+        threads: Number of C++ compilations at once.
+    """
+    with ambient.in_this_process():
+        annotate(module, inputs)
+        cacheable = dict.fromkeys(ops.GRAPH_FUNCTIONS, ops.source_digest())
+        examples = [meta.empty() for meta in inputs]
+        return _torch.compile_graph(module, examples, cacheable, threads=threads)
+
+
+def annotate(module: fx.GraphModule, inputs: tuple[TensorMeta, ...]) -> tuple[TensorMeta, ...]:
+    """Give every node a fake value and return what the graph's outputs are; the ambient state must be set."""
+    with FakeTensorMode():
+        propagate(module, [meta.empty() for meta in inputs])
+    output = next(iter(reversed(module.graph.nodes)))
+    values = [node.meta["example_value"] for node in output.args[0]]  # type: ignore[union-attr]
+    return tuple(TensorMeta.of(value) for value in values)
+
+
+def warm(_: bytes) -> bytes:
+    """Make a fresh worker ready: import the compiler and compile one tiny kernel, forward and backward."""
+
+    ambient = Ambient(True, (), _torch.compile_environment(), {})
+    meta = TensorMeta((64,), (1,), torch.float32, torch.device("cpu"), True)
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    product = graph.call_function(torch.mul, (x, 2.0))
+    graph.output((graph.call_function(torch.relu, (product,)),))
+    compile_region(fx.GraphModule(torch.nn.Module(), graph), (meta,), ambient, threads=1)
+    return b""

@@ -1,0 +1,220 @@
+"""A program for fixed sizes: its plans (ways to cut it), and executables that run a plan's kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from esper_fx.engine.build import Ambient
+from esper_fx.engine.region import Region, Variant, shared_template
+from esper_fx.passes import partition
+from esper_fx.passes.canonical import qualified_name
+from esper_fx.passes.propagate import freeze_numbers, propagate
+from esper_fx.passes.record import BodyGraph, TensorMeta
+from esper_fx.passes.specialize import is_seed
+
+if TYPE_CHECKING:
+    from esper_fx.seed import KasminaSeed
+
+Assignment = tuple[BodyGraph | None, ...]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a seed sits in a program: its model's handle, its row in the state arrays, its input, and the mode."""
+
+    model: int
+    site: int
+    value: TensorMeta
+    training: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A way to cut a program.
+
+    Attributes:
+        name: ``whole`` or ``blocks``.
+        regions: In the order they run.
+        outputs: For each output of the program its place in the environment.
+        places: Size of the environment: the program's inputs, then what regions exchange.
+    """
+
+    name: str
+    regions: tuple[Region, ...]
+    outputs: tuple[Any, ...]
+    places: int
+
+
+class Layout:
+    """A Dynamo graph for fixed sizes: annotated, with its plans.
+
+    Attributes:
+        plans: Best steady state first.
+        slots: For each seed in the graph, in order, where it sits.
+        input_grads: For each input of the program whether it needs a gradient.
+    """
+
+    def __init__(self, module: fx.GraphModule, args: Sequence[Any], ambient: Ambient, *, blocks: bool) -> None:
+        graph = fx.Graph()
+        mapping: dict[fx.Node, fx.Node] = {}
+        output = graph.graph_copy(module.graph, mapping)
+        graph.output(output)
+        self.module = fx.GraphModule(module, graph)
+        with ambient.on_this_thread(), FakeTensorMode(allow_non_fake_inputs=True):
+            inputs = [TensorMeta.of(arg).empty() if isinstance(arg, Tensor) else arg for arg in args]
+            effects = propagate(self.module, inputs)
+        freeze_numbers(graph)
+        self.input_grads = tuple(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
+        self.slots = tuple(
+            Slot(node.args[3], node.args[4], TensorMeta.of(node.args[0].meta["example_value"]), bool(node.args[5]))
+            for node in graph.nodes
+            if is_seed(node)
+        )
+        flow = partition.analyse(graph, effects)
+        self.plans = [self._plan("whole", partition.whole(flow), flow, ambient)] if flow.nodes else []
+        if blocks and self.slots:
+            labels = [partition.label(node, lambda t: t if isinstance(t, str) else qualified_name(t)) for node in flow.nodes]
+            cuts = partition.blocks(flow, labels)
+            if len(cuts) > 2:
+                self.plans.append(self._plan("blocks", cuts, flow, ambient))
+
+    def _plan(self, name: str, cuts: Sequence[int], flow: partition.Flow, ambient: Ambient) -> Plan:
+        graph = self.module.graph
+        places = {node: i for i, node in enumerate(n for n in graph.nodes if n.op == "placeholder")}
+        slot_of = {node: i for i, node in enumerate(n for n in graph.nodes if is_seed(n))}
+        final = next(iter(reversed(graph.nodes)))
+        regions: list[Region] = []
+        for first, last in zip(cuts, cuts[1:], strict=False):
+            inside = flow.nodes[first:last]
+            members = set(inside)
+            leaving = [n for n in inside if any(user not in members for user in n.users)]
+            seeds = tuple(slot_of[node] for node in inside if node in slot_of)
+            entering, region_graph = _extract(inside, leaving)
+            for node in leaving:
+                places[node] = len(places)
+            metas = [TensorMeta.of(node.meta["example_value"]) for node in entering]
+            template = shared_template(region_graph, self.module, metas, ambient)
+            regions.append(
+                Region(template, tuple(places[n] for n in entering), tuple(places[n] for n in leaving), seeds)
+            )
+        outputs = fx.map_arg(final.args[0], lambda n: _Place(places[n]) if n in places else _Constant(self._constant(n)))
+        return Plan(name, _with_frees(regions, outputs, len(places)), tuple(outputs), len(places))
+
+    def _constant(self, node: fx.Node) -> Any:
+        value: Any = self.module
+        for part in str(node.target).split("."):
+            value = getattr(value, part)
+        return value
+
+    def variants(self, plan: Plan, assignment: Assignment, *, known: bool = False) -> list[Variant] | None:
+        """The variants that run ``plan`` with these bodies, each knowing which of its inputs need gradients.
+
+        Args:
+            plan: One of ``plans``.
+            assignment: For each slot its body, or None.
+            known: Make no new variants: return None where one is missing. Fast.
+        """
+        grads = list(self.input_grads) + [False] * (plan.places - len(self.input_grads))
+        result = []
+        for region in plan.regions:
+            bodies = [assignment[slot] for slot in region.slots]
+            needed = [grads[place] for place in region.inputs]
+            find = region.template.known_variant if known else region.template.variant
+            variant = find(needed, bodies)
+            if variant is None:
+                return None
+            for place, grad in zip(region.outputs, variant.output_grads, strict=True):
+                grads[place] = grad
+            result.append(variant)
+        return result
+
+
+@dataclass(frozen=True)
+class _Place:
+    index: int
+
+
+@dataclass(frozen=True)
+class _Constant:
+    value: Any
+
+
+def _extract(inside: Sequence[fx.Node], leaving: Sequence[fx.Node]) -> tuple[list[fx.Node], fx.Graph]:
+    """A graph of its own for these nodes: what comes from outside are its placeholders, constants are read again."""
+    graph = fx.Graph()
+    members = set(inside)
+    mapping: dict[fx.Node, fx.Node] = {}
+    entering: dict[fx.Node, None] = {}
+    constants: dict[fx.Node, None] = {}
+    for node in inside:
+        used = [node.args[0]] if is_seed(node) else node.all_input_nodes
+        for source in used:
+            if source not in members:
+                (constants if source.op == "get_attr" else entering)[source] = None  # type: ignore[union-attr,index]
+    for number, node in enumerate(entering):
+        mapping[node] = graph.placeholder(f"input{number}")
+    for node in constants:
+        mapping[node] = graph.get_attr(str(node.target))
+    for node in inside:
+        if is_seed(node):
+            value = mapping[node.args[0]]  # type: ignore[index]
+            mapping[node] = graph.call_function(node.target, (value, value, value, 0, 0, node.args[5]))  # type: ignore[arg-type]
+        else:
+            mapping[node] = graph.node_copy(node, lambda n: mapping[n])
+            mapping[node].meta = {}
+    graph.output(tuple(mapping[node] for node in leaving))
+    return list(entering), graph
+
+
+def _with_frees(regions: list[Region], outputs: Any, places: int) -> tuple[Region, ...]:
+    """Note after which region each place is read for the last time."""
+    kept = {item.index for item in torch.utils._pytree.tree_leaves(outputs) if isinstance(item, _Place)}
+    last: dict[int, int] = {}
+    for number, region in enumerate(regions):
+        for place in (*region.outputs, *region.inputs):
+            last[place] = number
+    return tuple(
+        replace(region, frees=tuple(p for p, n in last.items() if n == number and p not in kept))
+        for number, region in enumerate(regions)
+    )
+
+
+class Executable:
+    """A plan with its kernels: call it with the program's inputs.
+
+    It keeps the bodies it was made for, so that a call that is under way in another thread survives a switch.
+    """
+
+    def __init__(self, plan: Plan, kernels: Sequence[Any], seeds: Sequence[KasminaSeed | None]) -> None:
+        self._places = plan.places
+        self._outputs = plan.outputs
+        self._steps = [
+            (kernel, region.inputs, _body_inputs(region, seeds), region.outputs, region.frees)
+            for region, kernel in zip(plan.regions, kernels, strict=True)
+        ]
+
+    def __call__(self, args: Sequence[Any]) -> Any:
+        environment = [*args, *[None] * (self._places - len(args))]
+        for kernel, inputs, bodies, outputs, frees in self._steps:
+            values = [environment[place] for place in inputs]
+            for body in bodies:
+                values += body()
+            results = kernel(*values)
+            for place, result in zip(outputs, results, strict=True):
+                environment[place] = result
+            for place in frees:
+                environment[place] = None
+        return tuple(
+            environment[item.index] if type(item) is _Place else item.value if type(item) is _Constant else item
+            for item in self._outputs
+        )
+
+
+def _body_inputs(region: Region, seeds: Sequence[KasminaSeed | None]) -> tuple[Callable[[], list[Tensor]], ...]:
+    return tuple(seed.kernel_inputs() for seed in (seeds[slot] for slot in region.slots) if seed is not None)

@@ -1,0 +1,290 @@
+"""A program: what one Dynamo graph becomes. It runs the best executable there is and switches at a step boundary."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import weakref
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from esper_fx import _torch, ops
+from esper_fx.engine.build import Ambient
+from esper_fx.engine.plan import Assignment, Executable, Layout, Plan, Slot
+from esper_fx.engine.region import Variant
+from esper_fx.engine.service import Service, service
+from esper_fx.passes.record import BodyGraph, body_signature, record
+from esper_fx.passes.specialize import is_seed
+from esper_fx.settings import settings
+
+if TYPE_CHECKING:
+    from esper_fx.growth import Growth
+    from esper_fx.seed import KasminaSeed
+
+logger = logging.getLogger(__name__)
+
+#: A graph with symbolic sizes is compiled for at most this many combinations of sizes; further ones run eagerly.
+MAX_SIZES = 8
+
+_warned: set[str] = set()
+
+
+class Program:
+    """A Dynamo graph, for whatever sizes it is called with.
+
+    Attributes:
+        growths: The morphable models whose seeds are in the graph.
+        epoch: The step of each growth in which the program ran last.
+    """
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        self.module = module
+        handles = [node.args[3] for node in module.graph.nodes if is_seed(node)]
+        self.growths: list[Growth] = [ops.hosts[handle] for handle in dict.fromkeys(handles)]  # type: ignore[misc,index]
+        self.epochs = dict.fromkeys(handles, -1)
+        self._sized: dict[tuple[int, ...], SizedProgram] = {}
+        self._integers = tuple(
+            i
+            for i, node in enumerate(n for n in module.graph.nodes if n.op == "placeholder")
+            if not _is_tensor(node)
+        )
+        self._lock = threading.Lock()
+        self._nested = _has_nested_seeds(module)
+
+    def __call__(self, *args: Any) -> Any:
+        started = time.perf_counter()
+        for growth in self.growths:
+            growth.enter(self)
+        sizes = tuple(args[i] for i in self._integers)
+        sized = self._sized.get(sizes)
+        if sized is None:
+            with self._lock:
+                sized = self._sized.get(sizes) or self._first_call(sizes, args)
+        executable = sized.active
+        host = time.perf_counter() - started
+        for growth in self.growths:
+            growth.count_host_time(host)
+        return executable(args)
+
+    def _first_call(self, sizes: tuple[int, ...], args: Sequence[Any]) -> SizedProgram:
+        eager = self._nested or len(self._sized) >= MAX_SIZES
+        if eager:
+            reason = "its seeds sit in a nested graph" if self._nested else f"it was called with over {MAX_SIZES} sizes"
+            _warn_once(f"a program runs eagerly because {reason}")
+        sized = SizedProgram(self, args, eager=eager)
+        self._sized[sizes] = sized
+        for growth in self.growths:
+            growth.programs.add(sized)
+            growth.kick()
+        return sized
+
+
+class SizedProgram:
+    """A program for fixed sizes, with its plans and what it runs now.
+
+    Attributes:
+        active: What the next step runs.
+        plan: Name of the plan in use: ``whole``, ``blocks`` or ``eager``.
+    """
+
+    def __init__(self, program: Program, args: Sequence[Any], *, eager: bool) -> None:
+        self.service: Service = service()
+        self.growths = program.growths
+        self._module = program.module
+        self._active_identity: tuple[Any, ...] = ()
+        self._slots: list[tuple[KasminaSeed, Slot]] = []
+        self.active: Any = self._run_eagerly
+        self.plan = "eager"
+        self.layout: Layout | None = None
+        self.seeds: list[KasminaSeed] = []
+        self._pins = _Pins(self.service)
+        if not eager:
+            try:
+                self._compile(args)
+            except Exception as error:
+                self.layout = None
+                logger.debug("compilation failed", exc_info=error)
+                _warn_once(
+                    f"a program runs eagerly because it could not be compiled: {type(error).__name__}: {error}. "
+                    "`esper-fx doctor` checks the machine."
+                )
+
+    def _compile(self, args: Sequence[Any]) -> None:
+        _torch.warm_inductor()
+        self.service.start_workers()
+        ambient = Ambient.current()
+        self.layout = Layout(self._module, args, ambient, blocks=settings().blocks and self.service.compiler is not None)
+        by_handle = {growth.handle: growth for growth in self.growths}
+        self.seeds = [by_handle[slot.model].by_index[slot.site] for slot in self.layout.slots]
+        self._slots = list(zip(self.seeds, self.layout.slots, strict=True))
+        for seed, slot in self._slots:
+            seed.note_value(slot.value.shape, slot.value.dtype, slot.value.device)
+        if not self.layout.plans:  # nothing is computed: inputs and constants are handed through
+            self.layout = None
+            return
+        live = {seed for seed in self.seeds if seed.live}
+        assignment = self._assignment(live)
+        plan = self.layout.plans[0]
+        for variant in self.layout.variants(plan, assignment) or ():
+            variant.kernel = self.service.obtain(variant.key, variant.compile_here)
+        self.activate(live)
+
+    def _run_eagerly(self, args: Sequence[Any]) -> Any:
+        return self._module(*args)
+
+    def _assignment(self, live: set[KasminaSeed]) -> Assignment:
+        """For each slot the body of its seed if that is among ``live``; records bodies that are new."""
+        return tuple(_record(seed, slot) if seed in live else None for seed, slot in self._slots)
+
+    def _known_assignment(self, live: set[KasminaSeed]) -> Assignment | None:
+        """The same if all bodies have been recorded already. Fast."""
+        bodies = []
+        for seed, slot in self._slots:
+            body = _known_record(seed, slot) if seed in live else None
+            if body is None and seed in live:
+                return None
+            bodies.append(body)
+        return tuple(bodies)
+
+    def _best(self, live: set[KasminaSeed]) -> tuple[Plan, list[Variant]] | None:
+        """The best plan whose kernels for these bodies are all in memory. Makes nothing new; fast."""
+        assignment = self._known_assignment(live)
+        if self.layout is None or assignment is None:
+            return None
+        for plan in self.layout.plans:
+            variants = self.layout.variants(plan, assignment, known=True)
+            if variants is not None and all(self._has_kernel(variant) for variant in variants):
+                return plan, variants
+        return None
+
+    def _has_kernel(self, variant: Variant) -> bool:
+        if variant.kernel is None:
+            variant.kernel = self.service.cache.get(variant.key) if variant.key in self.service.cache else None
+        return variant.kernel is not None
+
+    def can_run(self, live: set[KasminaSeed]) -> bool:
+        """Whether ``activate`` would succeed."""
+        return self.layout is None or self._best(live) is not None
+
+    def has_better(self, live: set[KasminaSeed]) -> bool:
+        """Whether ``activate`` would switch."""
+        best = self._best(live)
+        return best is not None and self._identity(best[0], live) != self._active_identity
+
+    def activate(self, live: set[KasminaSeed]) -> bool:
+        """Switch to the best plan for these bodies; returns whether that is another than before."""
+        best = self._best(live)
+        if best is None or self._identity(best[0], live) == self._active_identity:
+            return False
+        plan, variants = best
+        seeds = [seed if seed in live else None for seed in self.seeds]
+        self._pins.replace([variant.key for variant in variants])
+        self.active = Executable(plan, [variant.kernel for variant in variants], seeds)
+        self.plan = plan.name
+        self._active_identity = self._identity(plan, live)
+        return True
+
+    def _identity(self, plan: Plan, live: set[KasminaSeed]) -> tuple[Any, ...]:
+        return plan.name, tuple(id(seed.body) if seed in live else None for seed in self.seeds)
+
+    def request(self, live: set[KasminaSeed], *, urgent: bool, retry: bool) -> list[Variant]:
+        """Ask for the kernels that are missing to run with these bodies. Not for the training thread.
+
+        Args:
+            live: The seeds that have a body.
+            urgent: Ask for one plan only, the one that is ready first; otherwise for all plans.
+            retry: Ask again for kernels that have failed.
+
+        Returns:
+            The variants that still lack a kernel, each with a ``future`` or an ``error``; nothing where ``urgent`` and
+            some plan is ready.
+        """
+        if self.layout is None:
+            return []
+        assignment = self._assignment(live)
+        missing: list[Variant] = []
+        for plan in reversed(self.layout.plans):  # what is built quickly first
+            wanted = [v for v in self.layout.variants(plan, assignment) or () if not self._has_kernel(v)]
+            if urgent and not wanted:
+                return []
+            missing += wanted
+            if urgent:
+                break
+        if urgent and self._best(live) is not None:
+            return []
+        for variant in missing:
+            variant.request(self.service, priority=0 if urgent else 10, retry=retry)
+        return [variant for variant in missing if variant.kernel is None]
+
+
+class _Pins:
+    """The kernels that a program keeps in the cache; given back when it goes."""
+
+    def __init__(self, owner: Service) -> None:
+        self._cache = owner.cache
+        self._keys: list[Any] = []
+        weakref.finalize(self, _unpin, self._cache, self._keys)
+
+    def replace(self, keys: Sequence[Any]) -> None:
+        for key in keys:
+            self._cache.pin(key)
+        old = list(self._keys)
+        self._keys[:] = keys
+        _unpin(self._cache, old)
+
+
+def _unpin(cache: Any, keys: list[Any]) -> None:
+    for key in keys:
+        cache.unpin(key)
+
+
+_records: dict[tuple[Any, ...], BodyGraph] = {}
+
+
+def _known_record(seed: KasminaSeed, slot: Slot) -> BodyGraph | None:
+    """The graph of a seed's body for a slot if an equal body was recorded before."""
+    known = seed.recorded.get((slot.value, slot.training))
+    if known is None and seed.body is not None:
+        signature = body_signature(seed.body)
+        known = _records.get((signature, slot.value, slot.training)) if signature is not None else None
+        if known is not None:
+            seed.recorded[slot.value, slot.training] = known
+    return known
+
+
+def _record(seed: KasminaSeed, slot: Slot) -> BodyGraph:
+    """The graph of a seed's body for a slot, recorded once for all equal bodies."""
+    known = _known_record(seed, slot)
+    if known is None:
+        body = seed.body
+        if body is None:
+            raise RuntimeError(f"the seed at {seed.name!r} has lost its body meanwhile")
+        known = record(body, slot.value, training=slot.training)
+        signature = body_signature(body)
+        if signature is not None:
+            _records[signature, slot.value, slot.training] = known
+        seed.recorded[slot.value, slot.training] = known
+    return known
+
+
+def _is_tensor(placeholder: fx.Node) -> bool:
+    return isinstance(placeholder.meta.get("example_value"), torch.Tensor)
+
+
+def _has_nested_seeds(module: fx.GraphModule) -> bool:
+    return any(
+        is_seed(node)
+        for child in module.modules()
+        if child is not module and isinstance(child, fx.GraphModule)
+        for node in child.graph.nodes
+    )
+
+
+def _warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        logger.warning("%s", message)

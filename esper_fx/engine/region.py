@@ -1,0 +1,164 @@
+"""Regions, what they have in common, and the variants they are compiled as."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx, nn
+
+from esper_fx import ops
+from esper_fx.cache import KernelKey
+from esper_fx.engine import build
+from esper_fx.engine.build import Ambient
+from esper_fx.passes.canonical import canonical, digest
+from esper_fx.passes.record import BodyGraph, TensorMeta
+from esper_fx.passes.specialize import specialize
+
+if TYPE_CHECKING:
+    from esper_fx.engine.service import Service
+
+
+class Variant:
+    """A template specialised to bodies and to which of its inputs need gradients: what is compiled.
+
+    Attributes:
+        key: Address of its kernel.
+        module: The graph, ready to compile or to run eagerly.
+        inputs: What the graph's placeholders are.
+        output_grads: For each output whether it needs a gradient.
+        kernel: The compiled callable, once there is one.
+        error: Why there is none, once that is known.
+        future: The kernel on its way.
+    """
+
+    def __init__(self, template: Template, grads: Sequence[bool], bodies: Sequence[BodyGraph | None]) -> None:
+        graph = specialize(template.graph, bodies)
+        self.module = fx.GraphModule(template.owner, graph)
+        inputs = [
+            TensorMeta(m.shape, m.stride, m.dtype, m.device, g) for m, g in zip(template.inputs, grads, strict=True)
+        ]
+        for body in bodies:
+            if body is not None:
+                scalar = TensorMeta((), (), torch.float32, body.output.device, False)
+                inputs += [scalar, scalar, *body.tensors]
+        self.inputs = tuple(inputs)
+        self.ambient = template.ambient
+        with self.ambient.on_this_thread():
+            outputs = build.annotate(self.module, self.inputs)
+        self.output_grads = tuple(meta.requires_grad for meta in outputs)
+        self.key = KernelKey.of(
+            graph=canonical(graph, self.module),
+            inputs=[meta.describe() for meta in self.inputs],
+            ambient=self.ambient.describe(),
+            inductor=repr(sorted(self.ambient.inductor.items())),
+            source=ops.source_digest(),
+        )
+        self.kernel: Any = None
+        self.error: BaseException | None = None
+        self.future: Future[Any] | None = None
+
+    def payload(self) -> bytes:
+        """The job for a worker."""
+        return build.make_payload(self.module, self.inputs, self.ambient)
+
+    def request(self, service: Service, *, priority: int, retry: bool) -> None:
+        """Ask for the kernel unless that was done before; ``kernel`` or ``error`` is set when it is decided.
+
+        Without worker processes the graph itself is the kernel: it runs eagerly.
+        """
+        if retry and self.error is not None:
+            self.error = self.future = None
+        if self.kernel is not None or self.future is not None:
+            return
+        if service.compiler is None:
+            self.kernel = self.module
+            return
+        self.future = service.fetch(self.key, self.payload, priority)
+        self.future.add_done_callback(self._decide)
+
+    def _decide(self, future: Future[Any]) -> None:
+        self.error = future.exception()
+        if self.error is None:
+            self.kernel = future.result()
+
+    def compile_here(self) -> tuple[Any, bytes]:
+        """Compile in this process."""
+        return build.compile_region(self.module, self.inputs, self.ambient)
+
+
+class Template:
+    """A region without names: equal regions of all programs share one, and so share kernels.
+
+    Attributes:
+        graph: The operations, seeds unresolved.
+        owner: Holds the constants that the graph reads.
+        inputs: What its placeholders are; requires_grad is not part of it.
+        ambient: The state it is compiled in.
+    """
+
+    def __init__(self, graph: fx.Graph, owner: nn.Module, inputs: Sequence[TensorMeta], ambient: Ambient) -> None:
+        self.graph = graph
+        self.owner = owner
+        self.inputs = tuple(inputs)
+        self.ambient = ambient
+        self._variants: dict[tuple[Any, ...], Variant] = {}
+        self._lock = threading.Lock()
+
+    def variant(self, grads: Sequence[bool], bodies: Sequence[BodyGraph | None]) -> Variant:
+        """The variant for these; made when first asked for, which takes milliseconds."""
+        known = self.known_variant(grads, bodies)
+        if known is not None:
+            return known
+        with self._lock:
+            identity = _identity(grads, bodies)
+            if identity not in self._variants:
+                self._variants[identity] = Variant(self, grads, bodies)
+            return self._variants[identity]
+
+    def known_variant(self, grads: Sequence[bool], bodies: Sequence[BodyGraph | None]) -> Variant | None:
+        """The variant for these if it has been made."""
+        return self._variants.get(_identity(grads, bodies))
+
+
+def _identity(grads: Sequence[bool], bodies: Sequence[BodyGraph | None]) -> tuple[Any, ...]:
+    return (tuple(grads), tuple(None if body is None else body.identity for body in bodies))
+
+
+@dataclass(frozen=True)
+class Region:
+    """A template at work in a program.
+
+    Attributes:
+        template: What is computed.
+        inputs: Places in the program's environment that hold its inputs.
+        outputs: Places that its outputs go to.
+        slots: Numbers of the program's seeds that sit in it, in order.
+        frees: Places that nobody reads after it.
+    """
+
+    template: Template
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    slots: tuple[int, ...]
+    frees: tuple[int, ...] = ()
+
+
+_templates: weakref.WeakValueDictionary[str, Template] = weakref.WeakValueDictionary()
+_templates_lock = threading.Lock()
+
+
+def shared_template(graph: fx.Graph, owner: nn.Module, inputs: Sequence[TensorMeta], ambient: Ambient) -> Template:
+    """The template equal to this one, or this one if it is the first of its kind."""
+    metas = [meta.describe()[:-1] for meta in inputs]
+    identity = digest(canonical(graph, owner) + repr((metas, ambient.describe(), sorted(ambient.inductor.items()))))
+    with _templates_lock:
+        template = _templates.get(identity)
+        if template is None:
+            template = _templates[identity] = Template(graph, owner, inputs, ambient)
+        return template

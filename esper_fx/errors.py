@@ -1,0 +1,58 @@
+"""Errors of esper_fx: one base, and for each kind the built-in that a caller would expect."""
+
+from __future__ import annotations
+
+
+class EsperError(Exception):
+    """Base of every error that esper_fx raises on purpose."""
+
+
+class MorphError(EsperError, ValueError):
+    """A model cannot be morphed as asked."""
+
+
+class SiteError(EsperError, ValueError):
+    """A site does not exist, or cannot carry a seed."""
+
+
+class BlueprintError(EsperError, ValueError):
+    """A blueprint, its parameters or the module it built do not fit."""
+
+
+class UnknownBlueprintError(BlueprintError, KeyError):
+    """No blueprint is registered under this name."""
+
+    def __str__(self) -> str:
+        return Exception.__str__(self)
+
+
+class LifecycleError(EsperError, RuntimeError):
+    """A seed was asked for a transition that its stage does not allow."""
+
+
+class GerminationError(EsperError, RuntimeError):
+    """A germination did not come to life; the seed went back to sleep and training went on."""
+
+
+class KernelBuildError(EsperError, RuntimeError):
+    """A kernel could not be compiled.
+
+    Attributes:
+        worker_traceback: The traceback as the worker process printed it, or None where no worker was involved.
+    """
+
+    def __init__(self, message: str, *, worker_traceback: str | None = None) -> None:
+        super().__init__(message)
+        self.worker_traceback = worker_traceback
+
+
+class StoreError(EsperError, OSError):
+    """An artifact store's folder cannot be used."""
+
+
+class OptimizerError(EsperError, ValueError):
+    """An optimizer cannot be attached to this model."""
+
+
+class SettingsError(EsperError, ValueError):
+    """A setting is unknown or has a value out of range."""

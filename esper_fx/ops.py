@@ -1,0 +1,107 @@
+"""The esper:: operators and the arithmetic of a seed, as plain PyTorch.
+
+A seed computes (DESIGN: select, never multiply)
+
+    x̃ = gate · x + (1 - gate) · stop_gradient(x)
+    y = x + alpha · body(x̃)
+
+with y = x exactly where alpha is 0, whatever the body returned, and no gradient into x through the body where gate or
+alpha is 0.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import weakref
+from collections.abc import Callable
+from functools import cache
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, scale: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (scale,) = ctx.saved_tensors
+        (grad,) = grads
+        return torch.where(scale == 0, torch.zeros((), dtype=grad.dtype, device=grad.device), grad * scale), None
+
+
+def seed_input(x: Tensor, alpha: Tensor, gate: Tensor) -> Tensor:
+    """Return ``x`` unchanged; its gradient is multiplied by ``gate``, and zero (not NaN) where gate or alpha is 0.
+
+    Args:
+        x: Value at the site, any shape, floating.
+        alpha: 0-dim float32.
+        gate: 0-dim float32.
+    """
+    result: Tensor = _ScaleGradient.apply(x, torch.where(alpha == 0, alpha, gate))
+    return result
+
+
+def seed_output(x: Tensor, delta: Tensor, alpha: Tensor) -> Tensor:
+    """Return ``x + alpha * delta``, and exactly ``x`` where alpha is 0 even if ``delta`` is not finite.
+
+    Args:
+        x: Value at the site, any shape, floating.
+        delta: What the seed's body returned, same shape and dtype as ``x``.
+        alpha: 0-dim float32; does not take part in type promotion.
+    """
+    return torch.where(alpha == 0, x, x + alpha * delta)
+
+
+def seed_forward(x: Tensor, body: Callable[[Tensor], Tensor], alpha: Tensor, gate: Tensor) -> Tensor:
+    """What a live seed computes, eagerly; ``alpha`` and ``gate`` are 0-dim float32."""
+    return seed_output(x, body(seed_input(x, alpha, gate)), alpha)
+
+
+class SeedHost(Protocol):
+    """What ``esper::seed`` needs of the model it belongs to, to run without a compiled kernel."""
+
+    def run_seed(self, site: int, x: Tensor, alpha: Tensor, gate: Tensor) -> Tensor:
+        """Run the seed of the site with this index on ``x``."""
+
+
+hosts: weakref.WeakValueDictionary[int, SeedHost] = weakref.WeakValueDictionary()
+
+_library = torch.library.Library("esper", "DEF")
+_library.define("seed(Tensor x, Tensor alpha, Tensor gate, int model, int site, bool training) -> Tensor")
+
+
+def _seed_eager(x: Tensor, alpha: Tensor, gate: Tensor, model: int, site: int, training: bool) -> Tensor:
+    if isinstance(x, torch._subclasses.FakeTensor) or x.is_meta:
+        return torch.empty_like(x).requires_grad_(x.requires_grad)
+    host = hosts.get(model)
+    if host is None:
+        raise RuntimeError(f"esper::seed was called for model {model}, which no longer exists")
+    return host.run_seed(site, x, alpha, gate)
+
+
+for _key in ("Autograd", "CompositeExplicitAutograd"):
+    _library.impl("seed", _seed_eager, _key)
+
+
+@torch.library.register_fake("esper::seed", lib=_library)
+def _seed_fake(x: Tensor, alpha: Tensor, gate: Tensor, model: int, site: int, training: bool) -> Tensor:
+    return torch.empty_like(x)
+
+
+@cache
+def source_digest() -> str:
+    """Sha256 of this module's source: kernels that contain the operators depend on it."""
+    return hashlib.sha256(inspect.getsource(inspect.getmodule(source_digest) or seed_input).encode()).hexdigest()
+
+
+#: Functions of ours that appear in region graphs, by qualified name.
+GRAPH_FUNCTIONS = tuple(f"{f.__module__}.{f.__name__}" for f in (seed_input, seed_output))

@@ -1,0 +1,131 @@
+"""Attach an optimizer: seeds' parameters join it when they germinate and leave it, with their state, when pruned."""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from esper_fx.errors import OptimizerError
+
+if TYPE_CHECKING:
+    from esper_fx.growth import Growth
+    from esper_fx.morph import MorphableModel
+    from esper_fx.seed import KasminaSeed
+
+
+def attach(optimizer: Optimizer, model: MorphableModel, **options: Any) -> Attachment:
+    """Let the parameters of the model's seeds join and leave ``optimizer`` by themselves.
+
+    A germinated seed's parameters join the parameter group that holds its site's own parameters (else the first group), so
+    they follow its learning rate, and schedulers made before or after keep working. With ``options`` they get a group of
+    their own instead, made now; do that before any scheduler is made. The model's clock then counts the optimizer's steps.
+
+    Args:
+        optimizer: An optimizer over parameters of ``model``.
+        model: A morphed model.
+        **options: Options of a group for the seeds, such as ``lr`` or ``weight_decay``.
+
+    Raises:
+        OptimizerError: The optimizer holds none of the model's parameters, or one is attached already.
+    """
+    from esper_fx.morph import MorphableModel
+
+    if not isinstance(model, MorphableModel):
+        raise OptimizerError(f"attach() needs a morphed model, not a {type(model).__name__}; call esper_fx.morph first")
+    if not isinstance(optimizer, Optimizer):
+        raise OptimizerError(f"attach() needs a torch.optim.Optimizer, not a {type(optimizer).__name__}")
+    growth: Growth = model.growth
+    if growth.attachment is not None and growth.attachment.optimizer is not None:
+        raise OptimizerError(
+            f"an optimizer ({type(growth.attachment.optimizer).__name__}) is attached to this model already; call "
+            "detach() on what attach() returned first"
+        )
+    mine = {id(parameter) for parameter in model.parameters()}
+    if not any(id(parameter) in mine for group in optimizer.param_groups for parameter in group["params"]):
+        raise OptimizerError(
+            f"this {type(optimizer).__name__} holds none of the model's parameters; make it from model.parameters()"
+        )
+    return Attachment(optimizer, model, options)
+
+
+class Attachment:
+    """The tie between an optimizer and a model's seeds.
+
+    Attributes:
+        optimizer: The optimizer, or None when it is gone.
+    """
+
+    def __init__(self, optimizer: Optimizer, model: MorphableModel, options: dict[str, Any]) -> None:
+        self._optimizer = weakref.ref(optimizer)
+        self._model = weakref.ref(model)
+        self._growth = weakref.ref(model.growth)
+        self._own: dict[str, Any] | None = None
+        if options:
+            optimizer.add_param_group({"params": [], **options})
+            self._own = optimizer.param_groups[-1]
+        growth = weakref.ref(model.growth)
+
+        def tick(*_: Any) -> None:
+            target = growth()
+            if target is not None:
+                target.tick()
+
+        self._hook = optimizer.register_step_post_hook(tick)
+        model.growth.attachment = self
+        for seed in model.growth.by_index:
+            if seed.body is not None:
+                self.join(seed)
+
+    @property
+    def optimizer(self) -> Optimizer | None:
+        """The optimizer, or None when it is gone."""
+        return self._optimizer()
+
+    def detach(self) -> None:
+        """Untie: parameters that have joined stay, later ones do not join; the clock counts forward calls again."""
+        self._hook.remove()
+        growth = self._growth()
+        if growth is not None and growth.attachment is self:
+            growth.attachment = None
+
+    def join(self, seed: KasminaSeed) -> None:
+        """Add the parameters of a seed's body to their group."""
+        optimizer = self.optimizer
+        if optimizer is None or seed.body is None:
+            return
+        present = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        group = self._own if self._own is not None else self._group_of(seed, optimizer)
+        group["params"].extend(p for p in seed.body.parameters() if id(p) not in present)
+
+    def leave(self, seed: KasminaSeed) -> None:
+        """Remove the parameters of a seed's body together with their state."""
+        optimizer = self.optimizer
+        if optimizer is None or seed.body is None:
+            return
+        leaving = {id(parameter) for parameter in seed.body.parameters()}
+        for group in optimizer.param_groups:
+            group["params"][:] = [p for p in group["params"] if id(p) not in leaving]
+        for parameter in seed.body.parameters():
+            optimizer.state.pop(parameter, None)
+
+    def _group_of(self, seed: KasminaSeed, optimizer: Optimizer) -> dict[str, Any]:
+        """The group of the parameters nearest to the seed's site: its module's, else that module's parent's, and so on."""
+        model = self._model()
+        path = seed.name
+        while model is not None and path:
+            near = {id(parameter) for parameter in _module(model, path).parameters()}
+            for group in optimizer.param_groups:
+                if any(id(parameter) in near for parameter in group["params"]):
+                    return group
+            path = path.rpartition(".")[0]
+        return optimizer.param_groups[0]
+
+
+def _module(model: nn.Module, path: str) -> nn.Module:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return nn.Module()

@@ -1,0 +1,258 @@
+"""KasminaSeed, the module spliced in at a site, and Germination, the future of its body going live."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Generator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from esper_fx import _torch, blueprints, ops
+from esper_fx.errors import SiteError
+from esper_fx.lifecycle import HAS_BODY, Stage
+from esper_fx.site import SiteSpec
+
+if TYPE_CHECKING:
+    from esper_fx.growth import Growth
+    from esper_fx.passes.record import BodyGraph, TensorMeta
+
+_CHANNEL_FIRST = (
+    nn.modules.conv._ConvNd,
+    nn.modules.batchnorm._BatchNorm,
+    nn.modules.instancenorm._InstanceNorm,
+    nn.GroupNorm,
+)
+
+
+class Germination:
+    """What ``germinate`` returns: done when the seed's body is live, or when that has failed.
+
+    Awaitable: ``await germination`` returns the seed or raises the error.
+    """
+
+    def __init__(self, seed: KasminaSeed) -> None:
+        self.seed = seed
+        self._done = threading.Event()
+        self._ready = threading.Event()
+        self._error: BaseException | None = None
+
+    def done(self) -> bool:
+        """Whether the seed is live or has failed; never blocks."""
+        return self._done.is_set()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Block until done; call it between steps. Returns False if ``timeout`` seconds passed first.
+
+        On the thread that runs the model the switch is made here, without waiting for the next forward.
+        """
+        return self.seed.growth.wait_for(self, timeout)
+
+    def exception(self, timeout: float | None = 0.0) -> BaseException | None:
+        """Why the germination failed, or None if it has not (yet)."""
+        self._done.wait(timeout)
+        return self._error
+
+    def __await__(self) -> Generator[Any, None, KasminaSeed]:
+        import asyncio
+
+        yield from asyncio.to_thread(self._ready.wait).__await__()
+        self.seed.growth.apply_between_steps()
+        yield from asyncio.to_thread(self._done.wait).__await__()
+        if self._error is not None:
+            raise self._error
+        return self.seed
+
+    def settle(self, error: BaseException | None = None) -> None:
+        """Mark as done; for the engine."""
+        self._error = error
+        self._ready.set()
+        self._done.set()
+
+    def mark_ready(self) -> None:
+        """The kernels are there; only the step boundary is missing. For the engine."""
+        self._ready.set()
+
+    def __repr__(self) -> str:
+        state = "pending" if not self.done() else "live" if self._error is None else f"failed: {self._error}"
+        return f"Germination({self.seed.name!r}, {state})"
+
+
+class KasminaSeed(nn.Module):
+    """A seed: the identity while it sleeps, ``x + alpha * body(x)`` once its body is live.
+
+    Attributes:
+        name: Name of its site.
+        index: Its row in the state arrays.
+        body: The module it has become, mapping ``x`` to a delta of the same shape; None without one.
+        live: Whether the body takes part in the computation.
+        error: Why it is in stage ERROR or was quarantined last, or None.
+        blueprint: Name of its body's blueprint, or None.
+        config: Parameters of its body's blueprint.
+    """
+
+    body: nn.Module | None
+
+    def __init__(self, name: str, index: int, growth: Growth, producer: nn.Module | None) -> None:
+        super().__init__()
+        self.register_module("body", None)
+        self.name = name
+        self.index = index
+        self.growth = growth
+        self.live = False
+        self.error: BaseException | None = None
+        self.blueprint: str | None = None
+        self.config: dict[str, Any] = {}
+        self.recorded: dict[tuple[TensorMeta, bool], BodyGraph] = {}
+        self._spec: SiteSpec | None = None
+        self._channel_first = isinstance(producer, _CHANNEL_FIRST)
+        self._feature_last = isinstance(producer, nn.Linear | nn.LayerNorm | nn.Embedding | nn.MultiheadAttention)
+
+    def forward(self, x: Tensor, alpha: Tensor, gate: Tensor) -> Tensor:
+        """Apply the seed to the value at its site.
+
+        Args:
+            x: The value, floating.
+            alpha: The state array ``alpha``, float32 ``[n_seeds]``.
+            gate: The state array ``gate``, float32 ``[n_seeds]``.
+        """
+        if torch.compiler.is_dynamo_compiling():
+            if _torch.compiling_for_esper():
+                result: Tensor = torch.ops.esper.seed(x, alpha, gate, self.growth.handle, self.index, self.training)
+                return result
+        elif self._spec is None and not torch.compiler.is_compiling():
+            self.note_value(tuple(x.shape), x.dtype, x.device)
+        if not self.live or self.body is None:
+            return x
+        return ops.seed_forward(x, self.body, alpha[self.index].clone(), gate[self.index].clone())
+
+    def note_value(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+        """Learn what flows through the site, from the first value seen; later ones do not change it."""
+        if self._spec is None:
+            if not dtype.is_floating_point:
+                raise SiteError(
+                    f"site {self.name!r} carries {dtype} values, but a seed needs a floating tensor; choose another site"
+                )
+            last = self._feature_last or (not self._channel_first and len(shape) <= 3)
+            self._spec = SiteSpec(self.name, shape, dtype, device, len(shape) - 1 if last else 1)
+
+    @property
+    def site(self) -> SiteSpec:
+        """What flows through the site.
+
+        Raises:
+            SiteError: Nothing has flowed yet and ``morph`` was given no ``example_inputs``.
+        """
+        if self._spec is None:
+            raise SiteError(
+                f"nothing is known of site {self.name!r} yet: pass example_inputs to morph(), or run the model once"
+            )
+        return self._spec
+
+    @property
+    def stage(self) -> Stage:
+        """Where the seed is in its life."""
+        return Stage(int(self.growth.state.read("stage", self.index)))
+
+    @property
+    def alpha(self) -> float:
+        """The factor on the body's output."""
+        return float(self.growth.state.read("alpha", self.index))
+
+    @property
+    def health(self) -> float:
+        """The last measured health, NaN where none was measured."""
+        return float(self.growth.state.read("health", self.index))
+
+    def fits(self) -> tuple[str, ...]:
+        """Names of the blueprints that fit this site."""
+        return tuple(name for name in blueprints.names() if blueprints.get(name).fits(self.site) is None)
+
+    def germinate(
+        self,
+        blueprint: str,
+        *,
+        weights: Mapping[str, Tensor] | None = None,
+        alpha: float | None = None,
+        **config: Any,
+    ) -> Germination:
+        """Give the seed a body. It goes live, by itself, at the first step boundary after its kernels are ready.
+
+        Args:
+            blueprint: Name of a registered blueprint.
+            weights: A ``state_dict`` for the body; with it the seed goes straight to ACTIVE.
+            alpha: Alpha once live. Default: ``incubation_alpha`` of the settings; 1.0 with ``weights``.
+            **config: Parameters of the blueprint.
+
+        Raises:
+            LifecycleError: The seed is not DORMANT.
+            UnknownBlueprintError: There is no such blueprint.
+            BlueprintError: The blueprint does not fit the site, or rejects the parameters, or its module does not keep
+                shape and dtype. Nothing has changed then.
+        """
+        return self.growth.germinate(self, blueprint, weights=weights, alpha=alpha, config=config)
+
+    def blend(self, to: float = 1.0, steps: int = 100, schedule: str = "cosine") -> None:
+        """Open the gate and move alpha to ``to`` within ``steps`` clock ticks; then the seed is ACTIVE.
+
+        Args:
+            to: Target of alpha.
+            steps: Clock ticks until it is reached.
+            schedule: ``constant`` (jump), ``linear`` or ``cosine``.
+        """
+        self.growth.blend(self, to=to, steps=steps, schedule=schedule)
+
+    def fossilize(self) -> None:
+        """Keep the seed for good: it can no longer be pruned."""
+        self.growth.fossilize(self)
+
+    def prune(self, why: str = "pruned by the user") -> None:
+        """Silence the seed at once and take its body away; after the embargo its site may germinate again."""
+        self.growth.prune(self, why)
+
+    def kernel_inputs(self) -> Callable[[], list[Tensor]]:
+        """A function that returns what a kernel with this body takes: alpha and gate (0-dim), parameters, buffers.
+
+        Tensors are looked up at every call, so one that was replaced is found.
+        """
+        assert self.body is not None
+        body, growth, index = self.body, self.growth, self.index
+        owners = [_owner(body, name, "_parameters") for name, _ in body.named_parameters()]
+        owners += [_owner(body, name, "_buffers") for name, _ in body.named_buffers()]
+        generation = -1
+        scalars: list[Tensor] = []
+
+        def inputs() -> list[Tensor]:
+            nonlocal generation, scalars
+            state = growth.state
+            if generation != state.generation:
+                generation, scalars = state.generation, [state.view("alpha", index), state.view("gate", index)]
+            # A scheduled alpha moves while a backward pass may still need what it was.
+            first = [scalar.clone() for scalar in scalars] if growth.scheduled else scalars
+            return [*first, *[tensors[name] for tensors, name in owners]]
+
+        return inputs
+
+    def set_body(self, body: nn.Module | None, blueprint: str | None, config: Mapping[str, Any]) -> None:
+        """Put a body in, or take it out. For the engine."""
+        self.body = body
+        self.blueprint = blueprint
+        self.config = dict(config)
+        self.recorded = {}
+
+    def has_body(self) -> bool:
+        """Whether the seed's stage is one in which the body computes."""
+        return self.stage in HAS_BODY
+
+    def extra_repr(self) -> str:
+        return f"site={self.name!r}, stage={self.stage.name}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "recorded": {}, "error": None}
+
+
+def _owner(body: nn.Module, name: str, kind: str) -> tuple[dict[str, Tensor], str]:
+    """The dictionary that holds a tensor and its name there: reading it again finds a tensor that was replaced."""
+    path, _, leaf = name.rpartition(".")
+    return getattr(body.get_submodule(path), kind), leaf

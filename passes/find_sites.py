@@ -1,0 +1,91 @@
+"""Find the values in a traced graph where seeds may sit."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from torch import fx, nn
+
+from esper_fx.errors import SiteError
+from esper_fx.passes.pipeline import Draft
+
+Sites = str | type[nn.Module] | Callable[[fx.Node], bool] | Iterable["str | type[nn.Module]"]
+
+
+def glob_matches(pattern: str, name: str) -> bool:
+    """Match a dotted name: ``*`` and ``?`` stay within one level, ``**`` crosses levels."""
+    parts = re.split(r"(\*\*|\*|\?)", pattern)
+    wildcard = {"**": ".*", "*": "[^.]*", "?": "[^.]"}
+    return re.fullmatch("".join(wildcard.get(part, re.escape(part)) for part in parts), name) is not None
+
+
+def find_sites(draft: Draft, *, sites: Sites, modules: Mapping[str, nn.Module], scope: str = "") -> bool:
+    """Fill ``draft.sites`` with the nodes that ``sites`` selects.
+
+    A module that is called several times is one site with several visits: its seed follows every one of them.
+
+    Args:
+        draft: A traced draft.
+        sites: A glob over qualified module names, a module type, several of these, or a predicate over graph nodes.
+        modules: The model's modules by qualified name.
+        scope: Qualified name of the draft's root within the model; site names begin with it.
+
+    Raises:
+        SiteError: A selected module returns something that is not one tensor.
+    """
+    assert draft.graph is not None
+    found: dict[str, list[fx.Node]] = {}
+    if callable(sites) and not isinstance(sites, type):
+        for node in draft.graph.nodes:
+            if node.op not in ("placeholder", "output", "get_attr") and sites(node):
+                found[_join(scope, _node_site_name(node, draft))] = [node]
+    else:
+        patterns = [sites] if isinstance(sites, str | type) else list(sites)
+        for local, visits in draft.outputs.items():
+            name = _join(scope, local)
+            if selects(patterns, name, modules.get(name)):
+                found[name] = [_visit_node(name, value) for value in visits]
+    changed = found != draft.sites
+    draft.sites = found
+    return changed
+
+
+def selects(patterns: Iterable[str | type[nn.Module]], name: str, module: nn.Module | None) -> bool:
+    """Whether any of the globs or module types selects the module called ``name``."""
+    return any(
+        glob_matches(pattern, name) if isinstance(pattern, str) else isinstance(module, pattern) for pattern in patterns
+    )
+
+
+def no_match_message(sites: Any, names: Iterable[str]) -> str:
+    """Say that nothing was selected, with the names that come nearest."""
+    candidates = sorted(set(names))
+    wanted = sites if isinstance(sites, str) else str(sites)
+    nearest = difflib.get_close_matches(wanted, candidates, n=5, cutoff=0.0)
+    return (
+        f"sites={sites!r} selects no module of this model. Nearest names: {', '.join(nearest) or 'none'}. "
+        "'*' stays within one level of the dotted name, '**' crosses levels."
+    )
+
+
+def _visit_node(name: str, value: Any) -> fx.Node:
+    if isinstance(value, fx.Node):
+        return value
+    raise SiteError(
+        f"site {name!r} returns a {type(value).__name__}, but a seed needs one floating tensor. "
+        "Choose a submodule that returns a tensor."
+    )
+
+
+def _node_site_name(node: fx.Node, draft: Draft) -> str:
+    """A call to a leaf module is named after the module; any other node has a name of its own."""
+    if node.op == "call_module" and len(draft.outputs.get(str(node.target), ())) == 1:
+        return str(node.target)
+    return node.name
+
+
+def _join(scope: str, name: str) -> str:
+    return f"{scope}.{name}" if scope else name

@@ -1,0 +1,153 @@
+"""Choose where to cut a program into regions: where few tensors are live, preferring repeated blocks."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from esper_fx.passes.propagate import Effects, storage_of
+
+#: A region smaller than this many operations is merged with a neighbour.
+MIN_OPERATIONS = 10
+#: No more than this many tensors may be live at a cut.
+MAX_LIVE = 8
+#: Segments between cuts are kept below this size where the graph allows it.
+MAX_OPERATIONS = 64
+
+
+@dataclass(frozen=True)
+class Flow:
+    """A graph's operations in order and the values that are live between them.
+
+    Attributes:
+        nodes: The operations: neither placeholders, nor constants, nor the output.
+        live: For each position, the values defined before it and used at or after it; position i lies before ``nodes[i]``.
+        legal: For each position, whether a cut there keeps the meaning.
+    """
+
+    nodes: tuple[fx.Node, ...]
+    live: tuple[tuple[fx.Node, ...], ...]
+    legal: tuple[bool, ...]
+
+
+def analyse(graph: fx.Graph, effects: Effects) -> Flow:
+    """Compute liveness and legal cut positions of an annotated graph.
+
+    A cut is illegal where a value that is not one tensor would cross it, where a value that crosses it is changed in place
+    later (an upstream region may have saved it for its backward pass), and inside a block that switches the grad mode or
+    autocast.
+    """
+    nodes = tuple(node for node in graph.nodes if node.op not in ("placeholder", "get_attr", "output"))
+    position = {node: i for i, node in enumerate(nodes)}
+    last_use = {node: max((position.get(user, len(nodes)) for user in node.users), default=-1) for node in nodes}
+    changed_at: dict[int, int] = {}
+    for node, storages in effects.mutations.items():
+        for storage in storages:
+            changed_at[storage] = max(changed_at.get(storage, -1), position.get(node, -1))
+    live: list[tuple[fx.Node, ...]] = []
+    legal: list[bool] = []
+    alive: list[fx.Node] = []
+    depth = 0
+    ambient_grad = True
+    for i in range(len(nodes) + 1):
+        alive = [node for node in alive if last_use[node] >= i]
+        live.append(tuple(alive))
+        crossing_ok = all(_may_cross(node, i, changed_at) for node in alive)
+        legal.append(crossing_ok and depth == 0 and ambient_grad)
+        if i < len(nodes):
+            node = nodes[i]
+            depth += _context_change(node)
+            if node.target is torch._C._set_grad_enabled:
+                ambient_grad = bool(node.args[0]) == _first_grad_mode(nodes)
+            alive.append(node)
+    return Flow(nodes, tuple(live), tuple(legal))
+
+
+def whole(flow: Flow) -> list[int]:
+    """Cut positions of the plan that does not cut: one region."""
+    return [0, len(flow.nodes)]
+
+
+def blocks(flow: Flow, labels: Sequence[str]) -> list[int]:
+    """Cut positions of the plan with many small regions, equal blocks cut alike.
+
+    The narrowest cuts give the finest segments; the most frequent adjacent pair of segments is then merged again and again
+    (as byte-pair encoding merges letters) until no region is smaller than ``MIN_OPERATIONS``, so that what repeats in the
+    network repeats in the plan.
+
+    Args:
+        flow: The analysed graph.
+        labels: For each operation a label that is equal for equal operations.
+
+    Returns:
+        Increasing positions, the first 0 and the last ``len(flow.nodes)``.
+    """
+    total = len(flow.nodes)
+    positions = [0, total]
+    for width in range(1, MAX_LIVE + 1):
+        inner = [i for i in range(1, total) if flow.legal[i] and len(flow.live[i]) <= width]
+        positions = [0, *inner, total]
+        if max(b - a for a, b in zip(positions, positions[1:], strict=False)) <= MAX_OPERATIONS:
+            break
+    segments = [tuple(labels[a:b]) for a, b in zip(positions, positions[1:], strict=False)]
+    merged = _merge(segments)
+    cuts = [0]
+    for segment in merged:
+        cuts.append(cuts[-1] + len(segment))
+    return cuts
+
+
+def _merge(segments: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    while len(segments) > 1:
+        pairs = Counter[tuple[tuple[str, ...], tuple[str, ...]]]()
+        i = 0
+        candidates = list(zip(segments, segments[1:], strict=False))
+        for pair in candidates:
+            if min(len(pair[0]), len(pair[1])) < MIN_OPERATIONS:
+                pairs[pair] += 1
+        if not pairs:
+            break
+        best = max(pairs, key=lambda pair: (pairs[pair], -len(pair[0]) - len(pair[1]), -candidates.index(pair)))
+        result: list[tuple[str, ...]] = []
+        i = 0
+        while i < len(segments):
+            if i + 1 < len(segments) and (segments[i], segments[i + 1]) == best:
+                result.append(segments[i] + segments[i + 1])
+                i += 2
+            else:
+                result.append(segments[i])
+                i += 1
+        segments = result
+    return segments
+
+
+def _may_cross(node: fx.Node, cut: int, changed_at: dict[int, int]) -> bool:
+    value = node.meta.get("example_value")
+    return isinstance(value, Tensor) and changed_at.get(storage_of(value), -1) < cut
+
+
+def _context_change(node: fx.Node) -> int:
+    name = getattr(node.target, "__name__", "")
+    if name in ("_enter_autocast", "_enter_inference_mode"):
+        return 1
+    return -1 if name in ("_exit_autocast", "_exit_inference_mode") else 0
+
+
+def _first_grad_mode(nodes: Sequence[fx.Node]) -> bool:
+    """The mode outside of all switches: the first switch turns away from it."""
+    for node in nodes:
+        if node.target is torch._C._set_grad_enabled:
+            return not bool(node.args[0])
+    return True
+
+
+def label(node: fx.Node, describe: Any) -> str:
+    """A label for :func:`blocks`: the operation and the shape and dtype of what it returns."""
+    values = [leaf for leaf in pytree.tree_leaves(node.meta.get("example_value")) if isinstance(leaf, Tensor)]
+    return f"{describe(node.target)}:{[(tuple(v.shape), str(v.dtype)) for v in values]}"

@@ -1,0 +1,84 @@
+"""Annotate a graph with fake values: run it once on tensors that have shapes but no data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+
+@dataclass
+class Effects:
+    """What running a graph does besides returning values.
+
+    Attributes:
+        mutations: Node to the storages (by address of the fake storage) that it changes in place.
+    """
+
+    mutations: dict[fx.Node, set[int]] = field(default_factory=dict)
+
+
+class _Annotator(fx.Interpreter):
+    """Interpreter that stores each node's value in ``meta["example_value"]`` and notes in-place changes."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module, garbage_collect_values=False)
+        self.effects = Effects()
+
+    def run_node(self, n: fx.Node) -> Any:
+        operands = [self.env[used] for used in n.all_input_nodes if used in self.env]
+        tensors = [leaf for leaf in pytree.tree_leaves(operands) if isinstance(leaf, Tensor)]
+        versions = [_version(tensor) for tensor in tensors]
+        value = super().run_node(n)
+        changed = {storage_of(t) for t, v in zip(tensors, versions, strict=True) if _version(t) != v}
+        if changed:
+            self.effects.mutations[n] = changed
+        n.meta["example_value"] = value
+        return value
+
+
+def propagate(module: fx.GraphModule, inputs: Sequence[Any]) -> Effects:
+    """Run ``module`` on fake ``inputs`` (call it under their FakeTensorMode) and annotate every node.
+
+    Args:
+        module: The graph; each node's ``meta["example_value"]`` is set.
+        inputs: One value per placeholder: fake tensors, or plain numbers.
+    """
+    annotator = _Annotator(module)
+    annotator.run(*inputs)
+    return annotator.effects
+
+
+def storage_of(tensor: Tensor) -> int:
+    """Identity of the memory a fake tensor stands for; views share it."""
+    return tensor.untyped_storage()._cdata
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def freeze_numbers(graph: fx.Graph) -> bool:
+    """Replace every annotated node whose value is a plain number by that number; returns whether any was.
+
+    A graph traced with symbolic sizes becomes one for the sizes it was annotated with.
+    """
+    numbers = [
+        node
+        for node in graph.nodes
+        if node.op not in ("placeholder", "output") and isinstance(node.meta.get("example_value"), int | float | torch.Size)
+    ]
+    placeholders = [n for n in graph.nodes if n.op == "placeholder" and isinstance(n.meta.get("example_value"), int | float)]
+    for node in (*numbers, *placeholders):
+        value = node.meta["example_value"]
+        constant = tuple(value) if isinstance(value, torch.Size) else value
+        for user in list(node.users):
+            user.args = fx.map_arg(user.args, lambda n, node=node, constant=constant: constant if n is node else n)
+            user.kwargs = fx.map_arg(user.kwargs, lambda n, node=node, constant=constant: constant if n is node else n)
+    for node in reversed(numbers):
+        graph.erase_node(node)
+    return bool(numbers or any(not n.users for n in placeholders))

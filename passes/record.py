@@ -1,0 +1,197 @@
+"""Record what a module does to a tensor as a torch.fx graph, without symbolic tracing and without touching the module.
+
+torch.fx's own tracer patches nn.Module for the whole process while it runs, so a training thread that happens to call a
+compiled model meanwhile fails. This recorder is thread-local: it runs a copy of the module on fake tensors under a torch
+function mode and writes down every PyTorch function that is called.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from esper_fx.errors import BlueprintError
+from esper_fx.passes.canonical import canonical, digest
+
+
+@dataclass(frozen=True)
+class TensorMeta:
+    """What compilation reads of a tensor: shape, stride, dtype, device and whether it needs a gradient."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    requires_grad: bool
+
+    @classmethod
+    def of(cls, tensor: Tensor, requires_grad: bool | None = None) -> TensorMeta:
+        """Read it off a tensor, real or fake."""
+        grad = tensor.requires_grad if requires_grad is None else requires_grad
+        return cls(tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype, tensor.device, grad)
+
+    def empty(self) -> Tensor:
+        """A new tensor of this kind with undefined values; under a fake mode it is fake."""
+        tensor = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
+        return tensor.requires_grad_(self.requires_grad)
+
+    def describe(self) -> list[Any]:
+        """A JSON value, for keys."""
+        return [list(self.shape), list(self.stride), str(self.dtype), str(self.device), self.requires_grad]
+
+
+@dataclass(frozen=True, eq=False)
+class BodyGraph:
+    """A module as a graph: placeholders are its input and then its tensors, the output is one value.
+
+    Attributes:
+        graph: PyTorch functions and methods only.
+        names: Qualified names of the module's parameters and then buffers, in the order of the placeholders after the first.
+        tensors: What those tensors are.
+        output: What the graph returns.
+        identity: Digest of the graph and of all tensors' descriptions; equal for bodies that compile to the same code.
+    """
+
+    graph: fx.Graph
+    names: tuple[str, ...]
+    tensors: tuple[TensorMeta, ...]
+    output: TensorMeta
+    identity: str
+
+
+def record(module: nn.Module, x: TensorMeta, *, training: bool) -> BodyGraph:
+    """Record ``module(x)`` as a graph whose parameters and buffers are inputs.
+
+    Args:
+        module: The module; a copy of it runs, on fake tensors, so nothing of it changes.
+        x: Description of its input.
+        training: The mode to record in.
+
+    Raises:
+        BlueprintError: The module did something that a graph cannot hold (a custom autograd function, control flow that
+            depends on values), or did not return one tensor.
+    """
+    name = type(module).__name__
+    tensors = dict(module.named_parameters()) | dict(module.named_buffers())
+    graph = fx.Graph()
+    try:
+        with FakeTensorMode() as mode:
+            fakes = {key: _fake(mode, tensor) for key, tensor in tensors.items()}
+            memo: dict[int, Any] = {id(tensor): fakes[key] for key, tensor in tensors.items()}
+            replica = copy.deepcopy(module, memo).train(training)
+            value = x.empty()
+            recorder = _Recorder(graph, [("x", value), *fakes.items()])
+            with recorder:
+                result = replica(value)
+    except BlueprintError:
+        raise
+    except Exception as error:
+        raise BlueprintError(f"body {name} cannot be recorded for an input of shape {x.shape}: {error}") from error
+    if not isinstance(result, Tensor):
+        raise BlueprintError(f"body {name} returned a {type(result).__name__}; expected one tensor like its input")
+    graph.output(recorder.node_of(result))
+    metas = tuple(TensorMeta.of(tensor) for tensor in tensors.values())
+    output = TensorMeta.of(result)
+    text = canonical(graph) + repr([meta.describe() for meta in (x, *metas)])
+    return BodyGraph(graph, tuple(tensors), metas, output, digest(text))
+
+
+def body_signature(module: nn.Module) -> tuple[Any, ...] | None:
+    """A hashable description that is equal for modules that record to equal graphs, or None where that cannot be told.
+
+    It holds every submodule's type, its plain attributes and the description of every tensor. A module with hooks or with
+    attributes that are not plain values has none.
+    """
+    rows: list[Any] = []
+    for path, part in module.named_modules():
+        plain = {name: value for name, value in vars(part).items() if name not in _MODULE_ATTRIBUTES}
+        plain = {name: value for name, value in plain.items() if not (isinstance(value, dict | set) and not value)}
+        if not all(_is_plain(value) for value in plain.values()):
+            return None
+        rows.append((path, type(part), tuple(sorted((name, repr(value)) for name, value in plain.items()))))
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        rows.append((name, TensorMeta.of(tensor)))
+    return tuple(rows)
+
+
+_MODULE_ATTRIBUTES = frozenset({"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training"})
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple | list):
+        return all(_is_plain(item) for item in value)
+    return value is None or isinstance(value, bool | int | float | str | torch.dtype)
+
+
+def _fake(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
+    fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+    return nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
+
+
+class _Recorder(TorchFunctionMode):
+    """Writes every PyTorch function that returns or changes a tensor into a graph."""
+
+    def __init__(self, graph: fx.Graph, inputs: list[tuple[str, Tensor]]) -> None:
+        super().__init__()
+        self.graph = graph
+        self.nodes: dict[int, fx.Node] = {}
+        self.alive: list[Any] = []  # ids are only unique among living objects
+        self.autocast = torch.is_autocast_enabled(), torch.is_autocast_enabled("cpu")
+        for name, tensor in inputs:
+            self._bind(tensor, graph.placeholder(name.replace(".", "_")))
+
+    def node_of(self, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        node = self.nodes.get(id(value))
+        if node is None:
+            raise BlueprintError(
+                f"a tensor of shape {tuple(value.shape)} comes from outside what can be recorded, such as a custom autograd "
+                "function or a tensor that is neither parameter nor buffer; write the body with PyTorch functions and "
+                "register its tensors as buffers"
+            )
+        return node
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if (torch.is_autocast_enabled(), torch.is_autocast_enabled("cpu")) != self.autocast:
+            raise BlueprintError("a body must not change autocast inside its forward")
+        leaves = pytree.tree_leaves((args, kwargs))
+        if func is torch._C._set_grad_enabled:
+            self.graph.call_function(func, args)
+            return result
+        returns_tensor = any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(result))
+        changes_tensor = result is None and any(isinstance(leaf, Tensor) for leaf in leaves)
+        if returns_tensor or changes_tensor:
+            self._bind(result, self._call(func, pytree.tree_map(self.node_of, (args, kwargs))))
+        return result
+
+    def _call(self, func: Any, arguments: tuple[Any, Any]) -> fx.Node:
+        args, kwargs = arguments
+        name = getattr(func, "__name__", "")
+        if name == "__get__":  # a property of a tensor, such as .T
+            return self.graph.call_function(getattr, (args[0], func.__self__.__name__))
+        if name == "__set__":
+            raise BlueprintError(f"a body must not assign to tensor attribute {func.__self__.__name__!r}")
+        if getattr(torch.Tensor, name, None) is func:
+            return self.graph.call_method(name, tuple(args), kwargs)
+        return self.graph.call_function(func, tuple(args), kwargs)
+
+    def _bind(self, result: Any, node: fx.Node) -> None:
+        if isinstance(result, Tensor):
+            self.nodes[id(result)] = node
+            self.alive.append(result)
+        elif isinstance(result, tuple | list):
+            for position, item in enumerate(result):
+                if isinstance(item, Tensor | tuple | list):
+                    import operator
+
+                    self._bind(item, self.graph.call_function(operator.getitem, (node, position)))

@@ -1,0 +1,72 @@
+"""Send a graph of PyTorch functions to another process.
+
+torch.fx pickles a GraphModule as source text and traces that text symbolically when it is read back, which inlines Python
+functions that must stay whole, such as the ones whose gradient is not that of their forward. This writes the nodes down.
+"""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx, nn
+
+
+@dataclass(frozen=True)
+class _NodeAt:
+    """Stands for a node in pickled arguments."""
+
+    index: int
+
+
+def dumps(module: fx.GraphModule) -> bytes:
+    """Serialise the graph and the attributes it reads; nodes lose their metadata.
+
+    Raises:
+        Exception: Whatever pickle raises for a target or an argument that cannot be sent.
+    """
+    index: dict[fx.Node, int] = {}
+    rows = []
+    attributes: dict[str, Any] = {}
+    for node in module.graph.nodes:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: _NodeAt(index[n]))
+        rows.append((node.op, node.name, node.target, args, kwargs))
+        index[node] = len(index)
+        if node.op == "get_attr":
+            value: Any = module
+            for part in str(node.target).split("."):
+                value = getattr(value, part)
+            attributes[str(node.target)] = dumps(value) if isinstance(value, fx.GraphModule) else value
+    return pickle.dumps((rows, attributes))
+
+
+def loads(data: bytes) -> fx.GraphModule:
+    """Read back what :func:`dumps` wrote. Executes code: only for data from a process of ours."""
+    rows, attributes = pickle.loads(data)
+    root = nn.Module()
+    for name, value in attributes.items():
+        setattr(root, name, loads(value) if isinstance(value, bytes) else value)
+    graph = fx.Graph()
+    nodes: list[fx.Node] = []
+
+    def restore(value: Any) -> Any:
+        if isinstance(value, _NodeAt):
+            return nodes[value.index]
+        if isinstance(value, list | tuple):
+            items = [restore(item) for item in value]
+            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        if isinstance(value, dict):
+            return {key: restore(item) for key, item in value.items()}
+        if isinstance(value, slice):
+            return slice(restore(value.start), restore(value.stop), restore(value.step))
+        return value
+
+    for op, name, target, args, kwargs in rows:
+        if op == "placeholder":
+            nodes.append(graph.placeholder(name))
+        elif op == "output":
+            nodes.append(graph.output(restore(args[0])))
+        else:
+            nodes.append(graph.create_node(op, target, restore(args), restore(kwargs), name))
+    return fx.GraphModule(root, graph)

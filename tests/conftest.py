@@ -1,0 +1,65 @@
+"""Lanes, shared settings and hypothesis profiles of the test suite.
+
+A test's lane is the folder it lies in: tests/fast, tests/compile, tests/kernels, tests/gpu. Nobody writes the marker.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+import esper_fx
+
+TESTS = Path(__file__).parent
+LANES = ("fast", "compile", "kernels", "gpu")
+
+# derandomize: the same commit gives the same verdict. No deadline: nothing is timed in a test.
+settings.register_profile("ci", derandomize=True, deadline=None)
+settings.register_profile(
+    "nightly", max_examples=2_000, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+)
+settings.load_profile("ci")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Give every test its lane; leave out nightly tests unless asked for, and gpu tests where there is no GPU."""
+    for item in items:
+        lane = item.path.relative_to(TESTS).parts[0] if item.path.is_relative_to(TESTS) else ""
+        if lane in LANES:
+            item.add_marker(lane)
+        if "nightly" in item.keywords and "nightly" not in config.option.markexpr:
+            item.add_marker(pytest.mark.skip(reason="long: run with -m nightly"))
+        if "gpu" in item.keywords and not _has_gpu():
+            item.add_marker(pytest.mark.skip(reason="no GPU"))
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+@pytest.fixture(scope="session")
+def kernel_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The kernel store of this test session: never the user's own, and one for all of pytest-xdist's processes."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "kernels"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _session_settings(kernel_folder: Path) -> Iterator[None]:
+    """One store and one worker pool for the whole session, so that a kernel is compiled once however many tests use it.
+
+    nice 0: tests wait for their kernels, there is no training loop to be kind to.
+    """
+    if not hasattr(esper_fx, "configure"):
+        yield
+        return
+    with esper_fx.configure(cache_dir=kernel_folder, workers=1, worker_nice=0):
+        yield
