@@ -21,6 +21,7 @@ from esper_fx.errors import BlueprintError, GerminationError
 from esper_fx.lifecycle import GrowthEvent, Ledger, Stage, check_transition
 from esper_fx.seed import Germination, KasminaSeed
 from esper_fx.settings import settings
+from esper_fx.site import SiteSpec
 from esper_fx.state import KasminaStateLayout
 
 if TYPE_CHECKING:
@@ -143,7 +144,7 @@ class Growth:
                 raise BlueprintError(f"blueprint {blueprint!r} does not fit site {seed.name!r}: {reason}. It fits: {fitting}")
             number = int(self.state.read("germinations", seed.index))
             body = kind.build(site, config, seed=_body_seed(self.model_seed, seed.name, number))
-            blueprints.validate_body(blueprint, body, site, allow_nonzero=weights is not None)
+            _validate_once(kind, body, site, config)
             if weights is not None:
                 _load_weights(body, weights, blueprint, seed.name)
             body.train(seed.training)
@@ -446,6 +447,17 @@ class Growth:
 def _body_seed(model_seed: int, site: str, number: int) -> int:
     text = f"{model_seed}/{site}/{number}".encode()
     return int.from_bytes(hashlib.sha256(text).digest()[:7], "big")
+
+
+_validated: set[tuple[Any, ...]] = set()
+
+
+def _validate_once(kind: blueprints.Blueprint, body: nn.Module, site: SiteSpec, config: Mapping[str, Any]) -> None:
+    """Check a body unless one of the same blueprint and parameters was checked for a site of the same kind."""
+    what = (kind.function, kind.config_key(config), site.shape, site.dtype, site.device, site.feature_dim)
+    if what not in _validated:
+        blueprints.validate_body(kind.name, body, site)
+        _validated.add(what)
 
 
 def _load_weights(body: nn.Module, weights: Mapping[str, Tensor], blueprint: str, site: str) -> None:

@@ -135,7 +135,8 @@ class KasminaStateLayout(nn.Module):
             host = self._host()
             for field, value in fields.items():
                 for tensors in self._copies(host):
-                    tensors[field][i].fill_(value)
+                    # .data: a backward pass that saved the old alpha is not an error, it goes on with the new one.
+                    tensors[field].data[i].fill_(value)
             if not fields.keys().isdisjoint({"schedule", "stage", "embargo_until"}):
                 self._note(host)
 

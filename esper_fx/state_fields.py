@@ -113,6 +113,6 @@ def advance_alpha(tensors: Mapping[str, Tensor], now: int) -> Tensor:
     alpha = torch.where(arrived, target, torch.lerp(tensors["alpha_from"], target, progress))
     scheduled = schedule != Schedule.NONE
     arrived &= scheduled
-    tensors["alpha"].copy_(torch.where(scheduled, alpha, tensors["alpha"]))
+    tensors["alpha"].data.copy_(torch.where(scheduled, alpha, tensors["alpha"]))
     schedule.masked_fill_(arrived, int(Schedule.NONE))
     return arrived

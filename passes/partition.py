@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from esper_fx.passes.propagate import Effects, storage_of
 
 #: A region smaller than this many operations is merged with a neighbour.
-MIN_OPERATIONS = 10
+MIN_OPERATIONS = 6
 #: No more than this many tensors may be live at a cut.
 MAX_LIVE = 8
 #: Segments between cuts are kept below this size where the graph allows it.

@@ -20,7 +20,10 @@ LANES = ("fast", "compile", "kernels", "gpu")
 # derandomize: the same commit gives the same verdict. No deadline: nothing is timed in a test.
 settings.register_profile("ci", derandomize=True, deadline=None)
 settings.register_profile(
-    "nightly", max_examples=2_000, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+    "nightly",
+    max_examples=2_000,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.load_profile("ci")
 

@@ -19,7 +19,7 @@ class Step:
     Attributes:
         loss: Of the batch, in nats.
         seconds: From drawing the batch to the optimizer's end, with the calls to esper_fx made since the step before.
-        alphas: Of the trials' seeds, in the trials' order.
+        alphas: Of the trials' seeds, in the trials' order; 0 while a seed has no live body.
     """
 
     loss: float
@@ -37,7 +37,7 @@ class Event:
         call_seconds: Seconds that the request itself took.
         live: Index of the first step with the change in effect; None until then.
         live_seconds: Seconds from the request to that step.
-        settled: Index of the step at which every program ran its best plan again; None where it did not come to that.
+        settled: Index of the first step after no kernel was on its way any more; None where it did not come to that.
     """
 
     what: str
@@ -66,19 +66,25 @@ def median_seconds(steps: Sequence[Step]) -> float:
     return statistics.median(step.seconds for step in steps) if steps else float("nan")
 
 
+def steps_per_second(steps: Sequence[Step]) -> float:
+    """Throughput, stalls included; NaN for no steps."""
+    return len(steps) / sum(step.seconds for step in steps) if steps else float("nan")
+
+
+def steady_steps(record: Record) -> list[Step]:
+    """The last steps before the first event: the network as it was."""
+    first = record.events[0].step if record.events else len(record.steps)
+    return record.steps[max(0, first - _STEADY) : first]
+
+
 def steady_seconds(record: Record) -> float:
     """Median length of the last steps before the first event: the network as it was."""
-    first = record.events[0].step if record.events else len(record.steps)
-    return median_seconds(record.steps[max(0, first - _STEADY) : first])
+    return median_seconds(steady_steps(record))
 
 
 def longest_step(record: Record, event: Event) -> Step:
-    """The longest step from the event until 20 steps after its last plan took over.
-
-    Where the plans did not settle before the run ended, until the run's end.
-    """
-    ends = [step for step in (event.live, event.settled) if step is not None]
-    end = max(ends) + AFTER if event.settled is not None else len(record.steps)
+    """The longest step from the event until 20 steps after its last kernel took over, or until the run's end."""
+    end = len(record.steps) if event.settled is None else event.settled + AFTER
     return max(record.steps[event.step : end], key=lambda step: step.seconds)
 
 

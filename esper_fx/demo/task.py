@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,7 @@ class Trial:
 
     site: str
     blueprint: str
-    config: Mapping[str, object] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Task:
         sites: Where seeds are planted.
         trials: The two growths; one will be kept and one pruned.
         learning_rate: Of AdamW.
+        steps: Training steps planned unless the user says otherwise.
         sample: Draws a training batch; every batch has the same shape.
         validation: Decides which growth is kept.
         test: Seen by nothing but the report.
@@ -50,6 +52,7 @@ class Task:
     sites: str
     trials: tuple[Trial, Trial]
     learning_rate: float
+    steps: int
     sample: Callable[[torch.Generator], Labelled]
     validation: Labelled
     test: Labelled
@@ -66,8 +69,10 @@ def accuracy(model: nn.Module, data: Labelled) -> float:
 
     Runs the model itself, in eager mode: the compiled one would be compiled anew for this batch size and for no_grad.
     """
-    pairs = zip(data[0].split(_EVALUATED_AT_ONCE), data[1].split(_EVALUATED_AT_ONCE), strict=True)
-    right = sum(int((model(inputs).argmax(-1) == classes).sum()) for inputs, classes in pairs)
+    right = 0
+    for start in range(0, len(data[0]), _EVALUATED_AT_ONCE):
+        inputs, classes = (part[start : start + _EVALUATED_AT_ONCE] for part in data)
+        right += int((model(inputs).argmax(-1) == classes).sum())
     return right / data[1].numel()
 
 

@@ -35,7 +35,8 @@ class Attention(nn.Module):
     def forward(self, x_BTD: Tensor) -> Tensor:
         qkv = self.qkv(x_BTD).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2], is_causal=True)
-        return self.out(mixed.transpose(1, 2).flatten(2))
+        result_BTD: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
+        return result_BTD
 
 
 class Block(nn.Module):
@@ -50,7 +51,8 @@ class Block(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD))
-        return x_BTD + self.feed_forward(self.feed_forward_norm(x_BTD))
+        x_BTD = x_BTD + self.feed_forward(self.feed_forward_norm(x_BTD))
+        return x_BTD
 
 
 class CharacterModel(nn.Module):
@@ -65,10 +67,11 @@ class CharacterModel(nn.Module):
         self.head = nn.Linear(width, len(_ALPHABET) + 1)
 
     def forward(self, characters_BT: Tensor) -> Tensor:
-        x_BTD = self.embedding(characters_BT) + self.position
+        x_BTD: Tensor = self.embedding(characters_BT) + self.position
         for block in self.blocks:
             x_BTD = block(x_BTD)
-        return self.head(self.norm(x_BTD))
+        logits: Tensor = self.head(self.norm(x_BTD))
+        return logits
 
 
 def text_task(seed: int) -> Task:
@@ -89,6 +92,7 @@ def text_task(seed: int) -> Task:
         sites="blocks.*",
         trials=(Trial("blocks.1", "bottleneck", {"width": 192}), Trial("blocks.0", "channel_gate", {"reduction": 4})),
         learning_rate=2e-3,
+        steps=1000,
         sample=lambda generator: _windows(training, _BATCH, generator),
         validation=_windows(validation, _EVALUATED_WINDOWS, torch.Generator().manual_seed(1)),
         test=_windows(test, _EVALUATED_WINDOWS, torch.Generator().manual_seed(2)),

@@ -29,7 +29,8 @@ class PatchBlock(nn.Module):
         self.narrow = nn.Conv2d(2 * channels, channels, 1)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        return x_BCHW + self.narrow(torch.relu(self.widen(self.norm(x_BCHW))))
+        delta_BCHW: Tensor = self.narrow(torch.relu(self.widen(self.norm(x_BCHW))))
+        return x_BCHW + delta_BCHW
 
 
 class PatchNet(nn.Module):
@@ -42,10 +43,11 @@ class PatchNet(nn.Module):
         self.head = nn.Linear(channels, 10)
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
-        x_BCHW = self.stem(images_BCHW)
+        x_BCHW: Tensor = self.stem(images_BCHW)
         for block in self.blocks:
             x_BCHW = block(x_BCHW)
-        return self.head(x_BCHW.mean(dim=(2, 3)))
+        logits: Tensor = self.head(x_BCHW.mean(dim=(2, 3)))
+        return logits
 
 
 def digits_task(seed: int) -> Task:
@@ -68,8 +70,12 @@ def digits_task(seed: int) -> Task:
         score=f"{len(test[0])} test images",
         net=net,
         sites="blocks.*",
-        trials=(Trial("blocks.0", "depthwise_conv", {"kernel_size": 3}), Trial("blocks.1", "channel_gate", {"reduction": 4})),
+        trials=(
+            Trial("blocks.0", "depthwise_conv", {"kernel_size": 3}),
+            Trial("blocks.1", "channel_gate", {"reduction": 4}),
+        ),
         learning_rate=2e-3,
+        steps=1200,
         sample=sample,
         validation=validation,
         test=test,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import logging
 import threading
 import time
@@ -56,7 +57,9 @@ class Service:
         with self._lock:
             if self._loop is None or self._loop.is_closed():
                 self._loop = asyncio.new_event_loop()
-                threading.Thread(target=_serve, args=(self._loop,), name="esper_fx-engine", daemon=True).start()
+                thread = threading.Thread(target=_serve, args=(self._loop,), name="esper_fx-engine", daemon=True)
+                thread.start()
+                atexit.register(_stop, self._loop, thread)
             return self._loop
 
     def fetch(self, key: KernelKey, payload: Callable[[], bytes], priority: int) -> Future[Any]:
@@ -98,6 +101,16 @@ class Service:
 def _serve(loop: asyncio.AbstractEventLoop) -> None:
     asyncio.set_event_loop(loop)
     loop.run_forever()
+    for task in asyncio.all_tasks(loop):
+        task.cancel()
+    loop.run_until_complete(asyncio.sleep(0))
+    loop.close()
+
+
+def _stop(loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
+    if thread.is_alive() and not loop.is_closed():
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(timeout=5.0)
 
 
 _services: dict[tuple[Any, ...], Service] = {}

@@ -25,7 +25,7 @@ OTHER = KernelKey.of(graph="mul", dtype="float32")
 DATA = bytes(range(256)) * 4
 
 # Every example starts by writing what it reads: nothing is left over from the one before.
-reuses_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+reuses_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
 
 
 @pytest.fixture

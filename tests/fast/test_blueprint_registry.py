@@ -131,6 +131,35 @@ def test_config_keys_are_equal_exactly_if_the_configs_are(a: tuple[Any, Any], b:
     assert hash(mine.config_key(swapped)) == hash(keys[0])
 
 
+LOOKALIKES = [
+    0,
+    0.0,
+    -0.0,
+    False,
+    1,
+    1.0,
+    True,
+    "1",
+    None,
+    "None",
+    float("nan"),
+    (),
+    [],
+    {},
+    [1],
+    [1.0],
+    {"a": 1},
+    {"a": True},
+]
+
+
+@pytest.mark.parametrize("value", LOOKALIKES, ids=repr)
+def test_config_keys_tell_values_apart_that_python_takes_for_equal(value: Any) -> None:
+    keys = [Blueprint("mine", zeros).config_key({"width": other}) for other in LOOKALIKES]
+    key = Blueprint("mine", zeros).config_key({"width": value})
+    assert [repr(other) for other, other_key in zip(LOOKALIKES, keys, strict=True) if other_key == key] == [repr(value)]
+
+
 def test_a_config_gets_the_defaults_in_the_order_of_the_signature() -> None:
     mine = Blueprint("mine", zeros)
     assert list(mine.bind({"mode": "slow"}).items()) == [("width", 3), ("mode", "slow")]

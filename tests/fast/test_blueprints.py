@@ -74,6 +74,7 @@ def reference_bottleneck(x: Array, p: Arrays, g: Array, **config: Any) -> tuple[
 
 def reference_channel_gate(x: Array, p: Arrays, g: Array, **config: Any) -> tuple[Array, Array, Arrays]:
     # x: [N, positions, D], one gate for all positions; y = x + delta = x * 2 sigmoid(s).
+    s: Array
     s, _, _ = perceptron(x.mean(1), p, np.zeros_like(x[:, 0]), "relu")
     sigmoid = 1 / (1 + np.exp(-s))
     delta = x * 2 * sigmoid[:, None] - x
@@ -109,18 +110,18 @@ REFERENCES = {
 }
 
 
-def to_reference(name: str, site: SiteSpec, array: Array) -> np.ndarray:
+def to_reference(name: str, site: SiteSpec, array: Array) -> Array:
     """The layout that a reference works in."""
     if name == "depthwise_conv":
         return array
     if site.is_channel_first:
-        rows = np.moveaxis(array, 1, -1).reshape(array.shape[0], -1, array.shape[1])
+        rows: Array = np.moveaxis(array, 1, -1).reshape(array.shape[0], -1, array.shape[1])
         return rows if name == "channel_gate" else rows.reshape(-1, array.shape[1])
     rows = array.reshape(-1, array.shape[-1])
     return rows[:, None, :] if name == "channel_gate" else rows
 
 
-def from_reference(name: str, site: SiteSpec, array: Array) -> np.ndarray:
+def from_reference(name: str, site: SiteSpec, array: Array) -> Array:
     if name == "depthwise_conv" or not site.is_channel_first:
         return array.reshape(site.shape)
     n, c, *positions = site.shape

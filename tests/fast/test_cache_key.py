@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from esper_fx.cache import KernelKey, explain_miss
@@ -42,6 +42,7 @@ def test_two_keys_are_equal_exactly_when_their_values_are(one: Any, other: Any) 
     assert (KernelKey.of(part=one) == KernelKey.of(part=other)) == (strictly(one) == strictly(other))
 
 
+@settings(max_examples=50)
 @given(part_sets)
 def test_order_of_parts_and_dictionaries_does_not_matter(parts: dict[str, Any]) -> None:
     key, same = KernelKey.of(**parts), KernelKey.of(**reordered(parts))
@@ -51,6 +52,7 @@ def test_order_of_parts_and_dictionaries_does_not_matter(parts: dict[str, Any]) 
     assert key.parts == same.parts
 
 
+@settings(max_examples=50)
 @given(part_sets, st.data())
 def test_changing_one_part_changes_the_digest_and_is_named(parts: dict[str, Any], data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(sorted(parts)))
@@ -60,6 +62,7 @@ def test_changing_one_part_changes_the_digest_and_is_named(parts: dict[str, Any]
     assert explain_miss(key, changed) == [name]
 
 
+@settings(max_examples=50)
 @given(part_sets, names, values)
 def test_a_part_that_only_one_key_has_is_named(parts: dict[str, Any], name: str, value: Any) -> None:
     without = {key: item for key, item in parts.items() if key != name} or {"other": 1}

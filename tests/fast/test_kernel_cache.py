@@ -487,6 +487,8 @@ def test_a_forked_child_keeps_the_kernels_and_makes_flights_of_its_own() -> None
     compiler = HandCompiler()
     cache = KernelCache(compiler=compiler)
     cache.put(KEYS[1], "kernel", nbytes=1)
+    cache.fetch(KEYS[2], load=Kernel, build=lambda: job(b""))  # by now the cache has all its threads
+    compiler.next()
     parents = cache.fetch(KEY, load=Kernel, build=lambda: job(b""))
     _, compiling = compiler.next()
 

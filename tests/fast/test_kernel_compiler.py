@@ -102,7 +102,7 @@ class TestJobs:
             (f"{JOBS}:exit_interpreter", "SystemExit: 3"),
             (
                 f"{JOBS}:returns_text",
-                f"TypeError: job {JOBS}:returns_text returned a value of type str, expected bytes",
+                f"TypeError: job {JOBS}:returns_text returned a str, expected bytes",
             ),
             (f"{JOBS}:no_such_job", f"AttributeError: module '{JOBS}' has no attribute 'no_such_job'"),
             ("no_such_module:job", "ModuleNotFoundError: No module named 'no_such_module'"),
@@ -144,9 +144,11 @@ class TestQueue:
     def test_workers_start_on_demand_and_work_side_by_side(self, tmp_path: Path) -> None:
         with KernelCompiler(workers=2, nice=0) as compiler:
             assert compiler.stats().workers_started == 0
-            run(compiler, "echo").result(timeout=20)
-            run(compiler, "echo").result(timeout=20)
-            assert compiler.stats().workers_started == 1
+            before = set(threading.enumerate())
+            for _ in range(3):
+                run(compiler, "echo").result(timeout=20)
+                assert eventually(lambda: compiler.stats().running == 0)
+            assert len(set(threading.enumerate()) - before) == 1
             waiting = [run(compiler, "wait_for_file", str(tmp_path / name).encode()) for name in "ab"]
             assert eventually(lambda: compiler.stats().running == 2)
             queued = run(compiler, "echo")
@@ -266,13 +268,13 @@ class TestProcesses:
         compiler = KernelCompiler(workers=2, nice=0)
         for name in ("a", "b"):
             compiler.submit(Job("tests.support.cache_jobs:hang", os.path.join(sys.argv[1], name).encode()))
-        compiler.submit(Job("tests.support.cache_jobs:hang", b"never runs"))
+        future = compiler.submit(Job("tests.support.cache_jobs:hang", b"never runs"))
         while not all(os.path.exists(os.path.join(sys.argv[1], name)) for name in ("a", "b")):
             time.sleep(0.005)
-    """
+        """
 
     def test_no_orphan_when_the_parent_is_killed(self, tmp_path: Path) -> None:
-        parent = start_script(tmp_path / "parent.py", self.PARENT + "    time.sleep(60)\n", tmp_path)
+        parent = start_script(tmp_path / "parent.py", self.PARENT + "time.sleep(60)\n", tmp_path)
         pids = pids_in(tmp_path / "a", 2) + pids_in(tmp_path / "b", 2)
         assert all(map(is_running, pids))
         parent.kill()
@@ -300,8 +302,12 @@ class TestProcesses:
             parent.communicate()
 
     def test_the_interpreter_exits_cleanly_with_jobs_in_flight(self, tmp_path: Path) -> None:
-        parent = start_script(tmp_path / "parent.py", self.PARENT + "    print('the end')\n", tmp_path)
-        assert finish(parent) == "the end\n"
+        exit_hook = """
+        import atexit
+        atexit.register(lambda: print(future.exception(timeout=0)))
+        """
+        output = finish(start_script(tmp_path / "parent.py", exit_hook + self.PARENT + "print('the end')\n", tmp_path))
+        assert output == f"the end\nthe kernel compiler was closed before job {JOBS}:hang was done\n"
         pids = pids_in(tmp_path / "a", 2) + pids_in(tmp_path / "b", 2)
         assert eventually(lambda: not any(map(is_running, pids)))
 
@@ -322,11 +328,12 @@ class TestProcesses:
                 time.sleep(60)
 
             for key in keys:
-                cache.fetch(key, load=load, build=lambda: Job("tests.support.cache_jobs:hang", sys.argv[1].encode() + b"/p"))
+                cache.fetch(key, load=load, build=lambda: Job("tests.support.cache_jobs:hang", sys.argv[2].encode()))
             loading.wait()
             print("the end")
         """
-        assert finish(start_script(tmp_path / "parent.py", source, tmp_path)) == "the end\n"
+        parent = start_script(tmp_path / "parent.py", source, tmp_path, tmp_path / "pids")
+        assert finish(parent) == "the end\n"
 
     def test_a_script_needs_no_main_guard_and_its_modules_import(self, tmp_path: Path) -> None:
         (tmp_path / "neighbour.py").write_text("def shout(payload):\n    return payload.upper()\n")

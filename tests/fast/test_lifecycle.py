@@ -175,7 +175,7 @@ def test_a_copy_of_a_ledger_has_a_future_of_its_own() -> None:
 
 def test_iterating_stops_at_the_events_there_were_when_it_began() -> None:
     ledger = Ledger([GrowthEvent(0, "a", Stage.DORMANT, Stage.GERMINATING, "")])
-    for event in ledger:
+    for event in itertools.islice(ledger, 5):
         ledger.append(event)
     assert len(ledger) == 2
 

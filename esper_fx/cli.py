@@ -1,0 +1,83 @@
+"""The command line: `esper-fx demo`, `esper-fx doctor`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(
+    name="esper-fx",
+    help="Neural networks that change their own structure while they train, inside torch.compile.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+
+_LEAST_STEPS = 100
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"esper-fx {version('esper-fx')}, torch {version('torch')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the versions and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def demo(  # noqa: PLR0917  (typer calls it by name)
+    text: Annotated[bool, typer.Option("--text", help="A transformer on source code instead of digits.")] = False,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            min=_LEAST_STEPS, help="Training steps, besides those spent waiting for kernels.", show_default="the demo's own"
+        ),
+    ] = None,
+    output: Annotated[Path, typer.Option(file_okay=False, help="Folder of the picture.")] = Path("demo-output"),
+    seed: Annotated[int, typer.Option(min=0, help="Starts the weights and the order of the data.")] = 0,
+    no_plot: Annotated[bool, typer.Option("--no-plot", help="Draw no picture.")] = False,
+    no_control: Annotated[
+        bool, typer.Option("--no-control", help="Skip the same training without growth, done to compare.")
+    ] = False,
+) -> None:
+    """Grow a small network inside torch.compile while it trains, and show what that cost."""
+    from esper_fx.demo.run import run_demo
+    from esper_fx.demo.task import DemoError
+    from esper_fx.errors import EsperError
+
+    console = Console()
+    try:
+        run_demo(console, text=text, steps=steps, seed=seed, output=None if no_plot else output, control=not no_control)
+    except (DemoError, EsperError) as error:
+        console.print(f"[bold red]esper-fx demo:[/bold red] {error}", highlight=False, markup=True)
+        raise typer.Exit(1) from error
+
+
+@app.command()
+def doctor() -> None:
+    """Check this machine and say what to do about what is missing. Exits with 1 where something is broken."""
+    from esper_fx.doctor import diagnose, print_checks
+
+    console = Console()
+    raise typer.Exit(print_checks(console, diagnose()))
+
+
+def main() -> None:
+    """Entry point of the `esper-fx` command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

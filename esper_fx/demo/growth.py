@@ -1,0 +1,208 @@
+"""The demo's run: train, grow at two sites while training, keep one growth, prune the other, train on."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import torch
+
+import esper_fx
+from esper_fx import Germination, KasminaSeed, MorphableModel, Stage
+from esper_fx.demo.record import AFTER, Event, Record, Step
+from esper_fx.demo.task import DemoError, Labelled, Task, Trial, accuracy, loss, parameter_count
+
+_PATIENCE_S = 240.0
+# Alpha while a growth incubates: low, so that the picture shows how it is blended in.
+_QUIET = 0.25
+
+
+class Watcher(Protocol):
+    """Is told what happens; drawing it is its own business."""
+
+    def say(self, text: str) -> None:
+        """Something worth a line."""
+
+    def stepped(self, done: int, planned: int, doing: str) -> None:
+        """A training step has ended; `planned` grows with every step spent waiting for kernels."""
+
+
+class Run:
+    """One run of a demo.
+
+    Args:
+        task: What to train.
+        steps: Training steps planned; those trained while kernels are being compiled come on top.
+        seed: Of the order of the training data.
+        watcher: Is told of the progress.
+        compiled: Whether to run through torch.compile.
+    """
+
+    def __init__(self, task: Task, *, steps: int, seed: int, watcher: Watcher, compiled: bool = True) -> None:
+        self.task = task
+        self.planned = steps
+        self.seed = seed
+        self.watcher = watcher
+        self.record = Record()
+        # Another optimizer trains a copy later, for comparison; morph shares parameters with the network it is given.
+        self._untouched = copy.deepcopy(task.net)
+        self._batches = torch.Generator().manual_seed(seed)
+        example, _ = task.sample(torch.Generator().manual_seed(seed))
+        self.model: MorphableModel = esper_fx.morph(task.net, sites=task.sites, example_inputs=(example,), seed=seed)
+        self._forward = torch.compile(self.model, backend="esper") if compiled else self.model
+        self._optimizer = torch.optim.AdamW(self.model.parameters(), lr=task.learning_rate)
+        esper_fx.attach(self._optimizer, self.model)
+        self._seeds: list[KasminaSeed] = [self.model.seeds[trial.site] for trial in task.trials]
+        self._unsettled: list[Event] = []
+        self._doing = "first step: compiling"
+        self._call_seconds = 0.0
+
+    def train(self) -> Record:
+        """Run to the end and return what was measured.
+
+        Raises:
+            DemoError: A growth did not come to life.
+        """
+        self._step()
+        self.watcher.say(f"first step, with compilation: {self.record.steps[0].seconds:.1f} s; training starts")
+        self.model.reset_stats()
+        for _ in self._life():
+            self._step()
+        return self.record
+
+    def train_without(self) -> float:
+        """Train the same network on the same batches without any growth; returns its accuracy on the test data."""
+        net, batches = self._untouched, torch.Generator().manual_seed(self.seed)
+        optimizer = torch.optim.AdamW(net.parameters(), lr=self.task.learning_rate)
+        count = len(self.record.steps)
+        for index in range(count):
+            inputs, classes = self.task.sample(batches)
+            optimizer.zero_grad()
+            torch.autograd.backward(loss(net(inputs), classes))
+            optimizer.step()
+            self.watcher.stepped(index + 1, count, "the same network without growth, to compare")
+        result = accuracy(net, self.task.test)
+        self.record.accuracies["without growth"] = result
+        return result
+
+    def _life(self) -> Iterator[None]:
+        """The story; every `yield` is one training step."""
+        yield from self._train("as it is", self.planned * 4 // 10)
+        self._measure("before")
+        for trial, seed in zip(self.task.trials, self._seeds, strict=True):
+            yield from self._grow(trial, seed)
+        self._measure("with both")
+        kept, pruned = self._compare()
+        self._ask(f"fossilize {kept.blueprint}", kept, kept.fossilize)
+        self._ask(f"prune {pruned.blueprint}", pruned, pruned.prune, kernels=True)
+        yield from self._train("after growth", self.planned * 2 // 10)
+        yield from self._until(lambda: not self._unsettled, "after growth, last kernels on their way")
+        self.record.marks["after"] = len(self.record.steps)
+        yield from self._train("after growth", max(self.planned // 10, AFTER))
+        self._measure("after")
+
+    def _grow(self, trial: Trial, seed: KasminaSeed) -> Iterator[None]:
+        """Germinate, incubate, blend in."""
+        name = f"{trial.blueprint} at {trial.site}"
+        germinations: list[Germination] = []
+        event = self._ask(
+            f"germinate {trial.blueprint}",
+            seed,
+            lambda: germinations.append(seed.germinate(trial.blueprint, alpha=_QUIET, **trial.config)),
+            kernels=True,
+        )
+        asked = time.perf_counter()
+        yield from self._until(germinations[0].done, f"{name} is being compiled, training goes on")
+        problem = germinations[0].exception()
+        if problem is not None:
+            raise DemoError(f"{name} did not come to life: {problem}") from problem
+        event.live, event.live_seconds = len(self.record.steps), time.perf_counter() - asked
+        self.watcher.say(
+            f"step {event.live:,}: {name} is live after {event.live_seconds:.1f} s and "
+            f"{event.live - event.step:,} steps of training"
+        )
+        yield from self._train(f"{name} incubates", self.planned // 20)
+        blend = max(self.planned // 10, 1)
+        self._ask(f"blend in {trial.blueprint}", seed, lambda: seed.blend(to=1.0, steps=blend, schedule="cosine"))
+        yield from self._until(lambda: seed.stage == Stage.ACTIVE, f"{name} is blended in")
+
+    def _compare(self) -> tuple[KasminaSeed, KasminaSeed]:
+        """Switch each growth off for one evaluation; the one that is missed more is kept."""
+        full = accuracy(self.model, self.task.validation)
+        missed = []
+        for seed in self._seeds:
+            alpha = seed.alpha
+            self.model.state.write(seed.index, alpha=0.0)
+            missed.append(full - accuracy(self.model, self.task.validation))
+            self.model.state.write(seed.index, alpha=alpha)
+            self.record.without[seed.name] = full - missed[-1]
+        first, second = self._seeds
+        kept, pruned = (first, second) if missed[0] >= missed[1] else (second, first)
+        self.watcher.say(
+            f"step {len(self.record.steps):,}: validation accuracy {full:.1%}; "
+            + "; ".join(f"{self.record.without[s.name]:.1%} with {s.blueprint} switched off" for s in self._seeds)
+            + f" -> keep {kept.blueprint}, prune {pruned.blueprint}"
+        )
+        return kept, pruned
+
+    def _train(self, doing: str, steps: int) -> Iterator[None]:
+        self._doing = doing
+        for _ in range(steps):
+            yield
+
+    def _until(self, done: Callable[[], bool], doing: str) -> Iterator[None]:
+        """Train until something has happened; these steps come on top of the planned ones."""
+        self._doing = doing
+        deadline = time.monotonic() + _PATIENCE_S
+        while not done():
+            if time.monotonic() > deadline:
+                raise DemoError(f"waited {_PATIENCE_S:.0f} s in vain ({doing}); esper-fx doctor checks this machine")
+            self.planned += 1
+            yield
+
+    def _ask(self, what: str, seed: KasminaSeed, act: Callable[[], None], *, kernels: bool = False) -> Event:
+        """Ask for a change between two steps; the time that takes counts as part of the next step.
+
+        Changes without new `kernels` are device writes: settled at once.
+        """
+        started = time.perf_counter()
+        act()
+        seconds = time.perf_counter() - started
+        self._call_seconds += seconds
+        event = Event(what, seed.name, len(self.record.steps), seconds)
+        self.record.events.append(event)
+        if kernels:
+            self._unsettled.append(event)
+        else:
+            event.settled = event.step
+        return event
+
+    def _measure(self, name: str) -> None:
+        self.record.accuracies[name] = accuracy(self.model, self.task.test)
+        self.record.parameters[name] = parameter_count(self.model)
+        self.watcher.say(
+            f"step {len(self.record.steps):,}: test accuracy {self.record.accuracies[name]:.1%}, "
+            f"{self.record.parameters[name]:,} parameters"
+        )
+
+    def _step(self) -> None:
+        started = time.perf_counter()
+        inputs, classes = self._draw()
+        self._optimizer.zero_grad()
+        value = loss(self._forward(inputs), classes)
+        torch.autograd.backward(value)
+        self._optimizer.step()
+        number = value.item()
+        seconds = time.perf_counter() - started + self._call_seconds
+        self._call_seconds = 0.0
+        self.record.steps.append(Step(number, seconds, tuple(seed.alpha if seed.live else 0.0 for seed in self._seeds)))
+        if self._unsettled and not self.model.pending:
+            for event in self._unsettled:
+                event.settled = len(self.record.steps)
+            self._unsettled.clear()
+        self.watcher.stepped(len(self.record.steps), self.planned, self._doing)
+
+    def _draw(self) -> Labelled:
+        return self.task.sample(self._batches)
