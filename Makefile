@@ -74,7 +74,8 @@ lint: $(STAMP)
 
 types: $(STAMP)
 	@echo "==> mypy --strict"
-	@$(RUN) mypy --strict -p esper_fx -p esper_fx.passes
+	@rm -rf $(VENV)/types && $(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target $(VENV)/types .
+	@cd $(VENV)/types && MYPYPATH=. ../bin/mypy --config-file ../../pyproject.toml -p esper_fx
 
 nightly: $(STAMP)
 	@echo "==> Tests: everything, long versions"

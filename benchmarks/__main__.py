@@ -42,8 +42,13 @@ def _run(name: str, options: Options, path: Path | None, console: Console) -> bo
         console.print(traceback.format_exc(), markup=False, highlight=False)
         return False
     report.print(console)
-    console.print(f"JSON: {written}", markup=False, highlight=False)
+    console.print(f"JSON: {_short(written)}", markup=False, highlight=False)
     return True
+
+
+def _short(path: Path) -> Path:
+    """Relative to the current folder where it lies in it."""
+    return path.resolve().relative_to(Path.cwd()) if path.resolve().is_relative_to(Path.cwd()) else path
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -93,12 +93,14 @@ def rows(name: str, runs: dict[str, list[dict[str, Any]]]) -> list[Row]:
         warm = seconds(phase)
         note = f"{warm:.2f} s / {cold:.2f} s; "
         note += f"import {seconds(phase, 'import_s'):.1f} s, morph {seconds(phase, 'build_s'):.2f} s"
-        title = "Inductor's own cache emptied" if phase.endswith("store") else "Inductor's own cache kept"
+        title = "our store only" if phase.endswith("store") else "Inductor's too"
         result.append(Row(f"{name}: first step, warm / cold, {title}", warm / cold, "×", FIRST_STEP, note=note))
         foreground = max(run["first"]["foreground_compile_seconds"] for run in runs[phase])
         note = f"{foreground:.2f} s in the foreground; with a germination {compiles(phase, 'grown')}, "
         note += f"live after {runs[phase][-1]['grown_steps']} steps"
-        result.append(Row(f"{name}: compiles, {title}", compiles(phase, "settled"), "compiles", COMPILES, note=note))
+        result.append(
+            Row(f"{name}: compiles when warm, {title}", compiles(phase, "settled"), "compiles", COMPILES, note=note)
+        )
     plain_cold, plain_warm = seconds("plain cold"), seconds("plain warm")
     note = f"{plain_warm:.2f} s / {plain_cold:.2f} s"
     result.append(Row(f"{name}: plain torch.compile, warm / cold", plain_warm / plain_cold, "×", note=note))

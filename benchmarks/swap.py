@@ -45,7 +45,7 @@ def rows(name: str, grown: dict[str, Any], idle: dict[str, Any], plain: dict[str
     worst = grown["longest"][0]
     return [
         Row(
-            f"{name}: longest step of the event / median step before",
+            f"{name}: longest step of the event / median before",
             max(event) / before,
             "×",
             LONGEST,
@@ -58,19 +58,19 @@ def rows(name: str, grown: dict[str, Any], idle: dict[str, Any], plain: dict[str
             note=f"the machine's own unrest, {len(grown['before_s'])} steps before the event",
         ),
         Row(
-            f"{name}: median step while kernels are built / before",
+            f"{name}: median step during the event / before",
             median(event) / before,
             "×",
             note=f"p99 {quantile(event, 0.99) / before:.2f} ×; longest gc pause {grown['gc_pause_ms']:.0f} ms",
         ),
         Row(
-            f"{name}: the same event by plain torch.compile",
+            f"{name}: the same by plain torch.compile",
             max(plain["event_s"]) / plain_before,
             "×",
             note=f"{max(plain['event_s']):.1f} s of {plain_before * 1e3:.1f} ms",
         ),
         Row(
-            f"{name}: engine on the training thread, longest step",
+            f"{name}: engine's time in any one training step",
             grown["host_ms"],
             "ms",
             HOST_MS,

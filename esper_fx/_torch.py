@@ -45,11 +45,6 @@ def is_recompile() -> bool:
     return compile_id is not None and bool(compile_id.frame_compile_id)
 
 
-def disable(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Keep Dynamo out of a function."""
-    return torch._dynamo.disable(function)
-
-
 # Inductor
 
 
@@ -94,7 +89,7 @@ def compile_graph(
             artifact = standalone_compile(module, list(inputs), dynamic_shapes="from_example_inputs", aot=True)
         except BypassAOTAutogradCache as error:
             raise Uncacheable(str(error)) from error
-        serialized = artifact.serialize()
+        serialized = artifact.serialize()  # type: ignore[attr-defined]
         # Inductor leaves the backward's C++ to be built when it is first loaded: build it here, not where it is loaded.
         kernel = AOTCompiledArtifact.deserialize(serialized)
         return kernel, _pack(serialized, used())
@@ -113,7 +108,7 @@ def load_graph(data: bytes) -> Callable[..., Any]:
         if not os.path.exists(path):
             _write_atomic(path, content)
     # The libraries were built where they came from: nothing is compiled here, and the vector instructions are known good.
-    with inductor_config.patch({"cpp.vec_isa_ok": True}), _no_precompiled_header():
+    with _no_precompiled_header(), inductor_config.patch({"cpp.vec_isa_ok": True}):
         return AOTCompiledArtifact.deserialize(artifact)
 
 
@@ -125,7 +120,8 @@ def _libraries_used() -> Iterator[Callable[[], dict[str, bytes]]]:
 
     with _GRAPH_LOCK:
         outer = CppPythonBindingsCodeCache.cache
-        CppPythonBindingsCodeCache.cache = mine = {}
+        mine: dict[str, Any] = {}
+        CppPythonBindingsCodeCache.cache = mine
 
         def collect() -> dict[str, bytes]:
             files = {}
@@ -150,14 +146,14 @@ def _no_precompiled_header() -> Iterator[None]:
 
     with _GRAPH_LOCK:
         inherited = Libraries.__dict__.get("_get_uncompiled_header")
-        Libraries._get_uncompiled_header = classmethod(lambda cls, device: None)  # type: ignore[assignment]
+        Libraries._get_uncompiled_header = classmethod(lambda cls, device: None)  # type: ignore[assignment,method-assign]
         try:
             yield
         finally:
             if inherited is None:
                 del Libraries._get_uncompiled_header
             else:
-                Libraries._get_uncompiled_header = inherited
+                Libraries._get_uncompiled_header = inherited  # type: ignore[method-assign]
 
 
 def _pack(artifact: bytes, files: dict[str, bytes]) -> bytes:
@@ -228,7 +224,9 @@ def inductor_patch(settings: dict[str, Any]) -> contextlib.AbstractContextManage
     """Apply settings from another process to Inductor here."""
     import torch._inductor.config as inductor_config
 
-    known = {name: value for name, value in settings.items() if inductor_config.save_config_portable().get(name) != value}
+    known = {
+        name: value for name, value in settings.items() if inductor_config.save_config_portable().get(name) != value
+    }
     return inductor_config.patch(known) if known else contextlib.nullcontext()
 
 

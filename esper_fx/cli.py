@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 app = typer.Typer(
     name="esper-fx",
@@ -37,12 +38,14 @@ def _options(
 
 
 @app.command()
-def demo(  # noqa: PLR0917  (typer calls it by name)
+def demo(
     text: Annotated[bool, typer.Option("--text", help="A transformer on source code instead of digits.")] = False,
     steps: Annotated[
         int | None,
         typer.Option(
-            min=_LEAST_STEPS, help="Training steps, besides those spent waiting for kernels.", show_default="the demo's own"
+            min=_LEAST_STEPS,
+            help="Training steps, besides those spent waiting for kernels.",
+            show_default="the demo's own",
         ),
     ] = None,
     output: Annotated[Path, typer.Option(file_okay=False, help="Folder of the picture.")] = Path("demo-output"),
@@ -61,7 +64,7 @@ def demo(  # noqa: PLR0917  (typer calls it by name)
     try:
         run_demo(console, text=text, steps=steps, seed=seed, output=None if no_plot else output, control=not no_control)
     except (DemoError, EsperError) as error:
-        console.print(f"[bold red]esper-fx demo:[/bold red] {error}", highlight=False, markup=True)
+        console.print(f"[bold red]esper-fx demo:[/bold red] {escape(str(error))}", highlight=False)
         raise typer.Exit(1) from error
 
 

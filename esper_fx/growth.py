@@ -141,7 +141,9 @@ class Growth:
             reason = kind.fits(site)
             if reason is not None:
                 fitting = ", ".join(seed.fits()) or "none"
-                raise BlueprintError(f"blueprint {blueprint!r} does not fit site {seed.name!r}: {reason}. It fits: {fitting}")
+                raise BlueprintError(
+                    f"blueprint {blueprint!r} does not fit site {seed.name!r}: {reason}. It fits: {fitting}"
+                )
             number = int(self.state.read("germinations", seed.index))
             body = kind.build(site, config, seed=_body_seed(self.model_seed, seed.name, number))
             _validate_once(kind, body, site, config)
@@ -222,21 +224,23 @@ class Growth:
 
     def tick(self) -> None:
         """One clock tick: alphas advance, blends end, embargoes run out."""
-        with self.lock:
-            self.clock += 1
-            for index in self.state.advance(self.clock):
-                seed = self.by_index[index]
-                if seed.stage == Stage.BLENDING:
-                    self._move(seed, Stage.ACTIVE, f"alpha has reached {seed.alpha:g}")
-            if self.scheduled:
+        self.clock += 1
+        ended = self.state.advance(self.clock)
+        if ended or self.scheduled:
+            with self.lock:
+                for index in ended:
+                    seed = self.by_index[index]
+                    if seed.stage == Stage.BLENDING:
+                        self._move(seed, Stage.ACTIVE, f"alpha has reached {seed.alpha:g}")
                 self.scheduled = any(seed.stage == Stage.BLENDING for seed in self.by_index)
-            self._release(self.clock)
+        self._release(self.clock)
 
     def _release(self, now: int) -> None:
         for index in self.state.expired_embargoes(now):
-            seed = self.by_index[index]
-            if seed.body is None:
-                self._move(seed, Stage.DORMANT, "the embargo is over")
+            with self.lock:
+                seed = self.by_index[index]
+                if seed.body is None:
+                    self._move(seed, Stage.DORMANT, "the embargo is over")
 
     # Step boundaries, on the thread that runs the model.
 

@@ -27,7 +27,8 @@ from esper_fx.stats import EngineStats, engine_stats
 logger = logging.getLogger(__name__)
 
 NAMESPACE = "esper"
-_ARRAYS = {"alpha": f"{NAMESPACE}.state.alpha", "gate": f"{NAMESPACE}.state.gate"}
+_ALPHA = f"{NAMESPACE}.state.alpha"
+_GATE = f"{NAMESPACE}.state.gate"
 
 
 class MorphableModel(nn.Module):
@@ -159,7 +160,19 @@ def morph(
 
 wrap = morph
 
-_RESERVED = ("growth", "seeds", "morphology", "ledger", "clock", "pending", "settle", "stats", "reset_stats", "graphs", "pass_records")
+_RESERVED = (
+    "growth",
+    "seeds",
+    "morphology",
+    "ledger",
+    "clock",
+    "pending",
+    "settle",
+    "stats",
+    "reset_stats",
+    "graphs",
+    "pass_records",
+)
 
 
 def _before_eager_forward(model: nn.Module, args: Any) -> None:
@@ -199,7 +212,7 @@ def morph_pipeline(sites: Sites, modules: Mapping[str, nn.Module], scope: str = 
         [
             ("trace", trace),
             ("find_sites", partial(find_sites, sites=sites, modules=modules, scope=scope)),
-            ("splice", partial(splice, target=_seed_target, **_ARRAYS)),
+            ("splice", partial(splice, target=_seed_target, alpha=_ALPHA, gate=_GATE)),
         ],
         check,
     )
@@ -283,7 +296,6 @@ def _join(path: str, name: str) -> str:
 
 def _mangled(name: str) -> str:
     return name.replace(".", "/")
-
 
 
 def _seed_target(site: str) -> str:

@@ -46,7 +46,7 @@ def seed_input(x: Tensor, alpha: Tensor, gate: Tensor) -> Tensor:
         alpha: 0-dim float32.
         gate: 0-dim float32.
     """
-    result: Tensor = _ScaleGradient.apply(x, torch.where(alpha == 0, alpha, gate))
+    result: Tensor = _ScaleGradient.apply(x, torch.where(alpha == 0, alpha, gate))  # type: ignore[no-untyped-call]
     return result
 
 

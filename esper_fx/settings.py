@@ -21,6 +21,7 @@ class Settings:
     Attributes:
         cache_dir: Folder of the artifact store; None is the user's cache folder.
         store: Whether kernels are kept on disk.
+        store_bytes: Bytes of kernels kept on disk; the longest unused go first, when a process first compiles.
         workers: Worker processes that compile beside the training loop, 0 or more; with 0 changes run eagerly.
         worker_nice: Niceness of the workers, 0 (compete with the training loop) to 19 (only when it idles).
         worker_threads: Threads of numeric libraries in a worker.
@@ -34,6 +35,7 @@ class Settings:
 
     cache_dir: Path | None = None
     store: bool = True
+    store_bytes: int = 8 << 30
     workers: int = 1
     worker_nice: int = 8
     worker_threads: int = 1
@@ -50,6 +52,7 @@ class Settings:
         _check("worker_threads", self.worker_threads, 1, 1024)
         _check("max_entries", self.max_entries, 1, 1 << 20)
         _check("max_bytes", self.max_bytes, 1, 1 << 50)
+        _check("store_bytes", self.store_bytes, 0, 1 << 60)
         _check("embargo_steps", self.embargo_steps, 0, 1 << 40)
         _check("job_timeout", self.job_timeout, 1e-3, 1e9)
         _check("incubation_alpha", self.incubation_alpha, -1e6, 1e6)
@@ -96,7 +99,7 @@ def settings() -> Settings:
         return _current
 
 
-class configure:  # noqa: N801  (used like a function: esper_fx.configure(workers=2))
+class configure:
     """Change settings, for good or for the length of a ``with`` block.
 
     Example:

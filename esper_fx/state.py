@@ -269,7 +269,7 @@ class KasminaStateLayout(nn.Module):
             source = host[names[id(buffer)]] if buffer.is_meta and device.type != "meta" else buffer
             return source.to(device)
 
-        super()._apply(move, recurse)
+        super()._apply(move, recurse)  # type: ignore[no-untyped-call]
         self._rebind(before)
         if self.step.is_meta:
             self._mirror = host
@@ -295,7 +295,7 @@ class KasminaStateLayout(nn.Module):
         return {key: value for key, value in self.__dict__.items() if key not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._lock = threading.RLock()
         self._mirror = state.get("_mirror")
         self.generation += 1

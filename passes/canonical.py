@@ -43,7 +43,9 @@ def qualified_name(function: Any) -> str:
         return f"torch.ops.{function}"
     if isinstance(function, torch._ops.HigherOrderOperator):
         return f"torch.ops.higher_order.{function.name()}"
-    owner = getattr(function, "__module__", None) or getattr(getattr(function, "__self__", None), "__name__", "builtins")
+    owner = getattr(function, "__module__", None) or getattr(
+        getattr(function, "__self__", None), "__name__", "builtins"
+    )
     return f"{owner}.{getattr(function, '__qualname__', repr(function))}"
 
 

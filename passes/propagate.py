@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ def propagate(module: fx.GraphModule, inputs: Sequence[Any]) -> Effects:
 
 def storage_of(tensor: Tensor) -> int:
     """Identity of the memory a fake tensor stands for; views share it."""
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _version(tensor: Tensor) -> int:
@@ -70,15 +71,22 @@ def freeze_numbers(graph: fx.Graph) -> bool:
     numbers = [
         node
         for node in graph.nodes
-        if node.op not in ("placeholder", "output") and isinstance(node.meta.get("example_value"), int | float | torch.Size)
+        if node.op not in ("placeholder", "output")
+        and isinstance(node.meta.get("example_value"), int | float | torch.Size)
     ]
-    placeholders = [n for n in graph.nodes if n.op == "placeholder" and isinstance(n.meta.get("example_value"), int | float)]
+    placeholders = [
+        n for n in graph.nodes if n.op == "placeholder" and isinstance(n.meta.get("example_value"), int | float)
+    ]
     for node in (*numbers, *placeholders):
         value = node.meta["example_value"]
-        constant = tuple(value) if isinstance(value, torch.Size) else value
+        replace = partial(_replaced, node, tuple(value) if isinstance(value, torch.Size) else value)
         for user in list(node.users):
-            user.args = fx.map_arg(user.args, lambda n, node=node, constant=constant: constant if n is node else n)
-            user.kwargs = fx.map_arg(user.kwargs, lambda n, node=node, constant=constant: constant if n is node else n)
+            user.args = fx.map_arg(user.args, replace)
+            user.kwargs = fx.map_arg(user.kwargs, replace)
     for node in reversed(numbers):
         graph.erase_node(node)
     return bool(numbers or any(not n.users for n in placeholders))
+
+
+def _replaced(node: fx.Node, constant: Any, other: fx.Node) -> Any:
+    return constant if other is node else other

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pickle
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import fx, nn
@@ -20,6 +21,10 @@ class _NodeAt:
     index: int
 
 
+def _place(index: dict[fx.Node, int], node: fx.Node) -> Any:
+    return _NodeAt(index[node])
+
+
 def dumps(module: fx.GraphModule) -> bytes:
     """Serialise the graph and the attributes it reads; nodes lose their metadata.
 
@@ -30,7 +35,7 @@ def dumps(module: fx.GraphModule) -> bytes:
     rows = []
     attributes: dict[str, Any] = {}
     for node in module.graph.nodes:
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: _NodeAt(index[n]))
+        args, kwargs = fx.map_arg((node.args, node.kwargs), partial(_place, index))
         rows.append((node.op, node.name, node.target, args, kwargs))
         index[node] = len(index)
         if node.op == "get_attr":

@@ -42,7 +42,7 @@ def specialize(template: fx.Graph, bodies: Sequence[BodyGraph | None]) -> fx.Gra
         if node.op == "placeholder":
             continue
         if is_seed(node):
-            value = mapping[node.args[0]]  # type: ignore[index]
+            value = mapping[node.args[0]]
             body = bodies[slot]
             mapping[node] = value if body is None else _inline(graph, value, body, body_inputs[slot])
             slot += 1

@@ -38,7 +38,7 @@ def splice(draft: Draft, *, target: Callable[[str], str], alpha: str, gate: str)
                 continue
             with graph.inserting_after(anchor):
                 seed = graph.call_module(seed_name, (anchor, arrays[alpha], arrays[gate]))
-            anchor.replace_all_uses_with(seed, delete_user_cb=lambda user, seed=seed: user is not seed)
+            anchor.replace_all_uses_with(seed, delete_user_cb=seed.__ne__)
             seed.meta.update({key: value.meta[key] for key in ("stack_trace", "nn_module_stack") if key in value.meta})
             seed.meta["esper_seed"] = site
             changed = True

@@ -61,8 +61,5 @@ def _session_settings(kernel_folder: Path) -> Iterator[None]:
 
     nice 0: tests wait for their kernels, there is no training loop to be kind to.
     """
-    if not hasattr(esper_fx, "configure"):
-        yield
-        return
     with esper_fx.configure(cache_dir=kernel_folder, workers=1, worker_nice=0):
         yield

@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -36,7 +37,7 @@ class Blueprint:
     function: Callable[..., nn.Module]
     fits_function: FitsFunction | None = None
 
-    @property
+    @cached_property
     def parameters(self) -> dict[str, inspect.Parameter]:
         """What a config may contain, by name, in the order of the function's signature."""
         return dict(list(inspect.signature(self.function).parameters.items())[1:])

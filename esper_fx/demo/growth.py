@@ -67,7 +67,6 @@ class Run:
         """
         self._step()
         self.watcher.say(f"first step, with compilation: {self.record.steps[0].seconds:.1f} s; training starts")
-        self.model.reset_stats()
         for _ in self._life():
             self._step()
         return self.record
@@ -91,6 +90,7 @@ class Run:
         """The story; every `yield` is one training step."""
         yield from self._train("as it is", self.planned * 4 // 10)
         self._measure("before")
+        self.model.reset_stats()
         for trial, seed in zip(self.task.trials, self._seeds, strict=True):
             yield from self._grow(trial, seed)
         self._measure("with both")
@@ -120,8 +120,8 @@ class Run:
             raise DemoError(f"{name} did not come to life: {problem}") from problem
         event.live, event.live_seconds = len(self.record.steps), time.perf_counter() - asked
         self.watcher.say(
-            f"step {event.live:,}: {name} is live after {event.live_seconds:.1f} s and "
-            f"{event.live - event.step:,} steps of training"
+            f"step {event.live:,}: {name} is live, {event.live_seconds:.1f} s and "
+            f"{event.live - event.step:,} steps later"
         )
         yield from self._train(f"{name} incubates", self.planned // 20)
         blend = max(self.planned // 10, 1)
@@ -141,10 +141,10 @@ class Run:
         first, second = self._seeds
         kept, pruned = (first, second) if missed[0] >= missed[1] else (second, first)
         self.watcher.say(
-            f"step {len(self.record.steps):,}: validation accuracy {full:.1%}; "
-            + "; ".join(f"{self.record.without[s.name]:.1%} with {s.blueprint} switched off" for s in self._seeds)
-            + f" -> keep {kept.blueprint}, prune {pruned.blueprint}"
+            f"step {len(self.record.steps):,}: validation accuracy {full:.1%}, "
+            + ", ".join(f"without {seed.blueprint} {self.record.without[seed.name]:.1%}" for seed in self._seeds)
         )
+        self.watcher.say(f"step {len(self.record.steps):,}: keep {kept.blueprint}, prune {pruned.blueprint}")
         return kept, pruned
 
     def _train(self, doing: str, steps: int) -> Iterator[None]:
@@ -174,6 +174,7 @@ class Run:
         event = Event(what, seed.name, len(self.record.steps), seconds)
         self.record.events.append(event)
         if kernels:
+            self._settle()  # kernels that are still on their way for an earlier event are this one's from now on
             self._unsettled.append(event)
         else:
             event.settled = event.step
@@ -199,10 +200,13 @@ class Run:
         self._call_seconds = 0.0
         self.record.steps.append(Step(number, seconds, tuple(seed.alpha if seed.live else 0.0 for seed in self._seeds)))
         if self._unsettled and not self.model.pending:
-            for event in self._unsettled:
-                event.settled = len(self.record.steps)
-            self._unsettled.clear()
+            self._settle()
         self.watcher.stepped(len(self.record.steps), self.planned, self._doing)
+
+    def _settle(self) -> None:
+        for event in self._unsettled:
+            event.settled = len(self.record.steps)
+        self._unsettled.clear()
 
     def _draw(self) -> Labelled:
         return self.task.sample(self._batches)

@@ -37,7 +37,7 @@ class Event:
         call_seconds: Seconds that the request itself took.
         live: Index of the first step with the change in effect; None until then.
         live_seconds: Seconds from the request to that step.
-        settled: Index of the first step after no kernel was on its way any more; None where it did not come to that.
+        settled: Index of the first step after no kernel was on its way for it any more; None where it never came to that.
     """
 
     what: str

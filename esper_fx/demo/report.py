@@ -35,21 +35,19 @@ def growth_table(task: Task, record: Record, stats: EngineStats) -> Table:
         "accuracy after growth", f"[bold]{accuracies['after']:.1%}[/bold]   ({parameters['after']:,} parameters)"
     )
     if "without growth" in accuracies:
-        table.add_row("the same, trained as long without growth", f"{accuracies['without growth']:.1%}")
+        table.add_row("trained as long without growth", f"{accuracies['without growth']:.1%}")
     table.add_section()
-    table.add_row("steps per second before growth", f"{steps_per_second(steady_steps(record)):.0f}")
+    table.add_row("steps per second before", f"{steps_per_second(steady_steps(record)):.0f}")
     waiting = [
         step for event in record.events if event.live is not None for step in record.steps[event.step : event.live]
     ]
     if waiting:
-        table.add_row("steps per second while kernels were compiled", f"{steps_per_second(waiting):.0f}")
-    table.add_row("steps per second after growth", f"{steps_per_second(record.steps[record.marks['after'] :]):.0f}")
+        table.add_row("steps per second meanwhile", f"{steps_per_second(waiting):.0f}")
+    table.add_row("steps per second after", f"{steps_per_second(record.steps[record.marks['after'] :]):.0f}")
     table.add_section()
-    table.add_row(
-        "compiled before the first step", _compiled(stats.foreground_compiles, stats.foreground_compile_seconds)
-    )
-    table.add_row("compiled off the training thread", _compiled(stats.kernels_compiled, stats.compile_seconds))
-    table.add_row("engine on the training thread, worst step", f"{stats.longest_step_host_ms:.1f} ms")
+    table.add_row("compiled before step 1", _compiled(stats.foreground_compiles, stats.foreground_compile_seconds))
+    table.add_row("compiled beside training", _compiled(stats.kernels_compiled, stats.compile_seconds))
+    table.add_row("engine's own time, worst step", f"{stats.longest_step_host_ms:.1f} ms, on the training thread")
     table.add_row("Dynamo recompiles", f"{stats.recompiles}")
     if stats.cache is not None:
         table.add_row(
@@ -57,19 +55,20 @@ def growth_table(task: Task, record: Record, stats: EngineStats) -> Table:
             f"{stats.cache.entries} kernels ({stats.cache.bytes / 1e6:.1f} MB), {stats.cache.hits} hits, "
             f"{stats.cache.misses} misses, {stats.kernels_loaded} loaded from disk, {stats.cache.evictions} evicted",
         )
-    table.add_row(
-        "programs run by", ", ".join(sorted({_PLANS.get(plan, plan) for plan in stats.plans})) or "eager mode"
-    )
+    plans = sorted({_PLANS.get(plan, plan) for plan in stats.plans})
+    table.add_row("the network runs as", ", ".join(plans) or _PLANS["eager"])
     return table
 
 
 def event_table(record: Record) -> Table:
     """What every event cost the training loop."""
-    table = Table(title="What it cost: events while training went on", title_justify="left", box=SIMPLE_HEAD)
+    table = Table(
+        title="What it cost: events while training went on", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
     table.add_column("")
     table.add_column("event", no_wrap=True)
-    table.add_column("site")
-    table.add_column("at step", justify="right")
+    table.add_column("site", no_wrap=True)
+    table.add_column("step", justify="right")
     table.add_column("live after", justify="right")
     table.add_column("longest step", justify="right")
     table.add_column("x median", justify="right")

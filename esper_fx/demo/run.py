@@ -88,7 +88,7 @@ class Screen:
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
-        self._console.print(text, highlight=False)
+        self._console.print(text, highlight=False, markup=False)
 
     def stepped(self, done: int, planned: int, doing: str) -> None:
         """Move the bar, a few times a second."""

@@ -1,5 +1,8 @@
 """Python's standard library as text, and a small causal transformer that guesses the next character of it.
 
+The transformer has attention only: it can look characters up but computes little with what it finds, because it has
+no feed-forward layers. A bottleneck is one; a channel gate is not.
+
 Shape letters: B batch, T tokens (characters), D features.
 """
 
@@ -40,25 +43,22 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and a feed-forward layer as narrow as the stream itself, each with a residual."""
+    """Attention with a residual, and no feed-forward layer, [B, T, D] -> [B, T, D]."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.attention_norm = nn.LayerNorm(width)
+        self.norm = nn.LayerNorm(width)
         self.attention = Attention(width, heads)
-        self.feed_forward_norm = nn.LayerNorm(width)
-        self.feed_forward = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, width))
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD))
-        x_BTD = x_BTD + self.feed_forward(self.feed_forward_norm(x_BTD))
-        return x_BTD
+        mixed_BTD: Tensor = self.attention(self.norm(x_BTD))
+        return x_BTD + mixed_BTD
 
 
 class CharacterModel(nn.Module):
     """Characters int64 [B, T] -> logits of the next one [B, T, characters]."""
 
-    def __init__(self, width: int = 48, depth: int = 3, heads: int = 4) -> None:
+    def __init__(self, width: int = 48, depth: int = 2, heads: int = 4) -> None:
         super().__init__()
         self.embedding = nn.Embedding(len(_ALPHABET) + 1, width)
         self.position = nn.Parameter(torch.randn(_TOKENS, width) * 0.02)
@@ -86,13 +86,13 @@ def text_task(seed: int) -> Task:
         net = CharacterModel()
 
     return Task(
-        title="the next character of Python's standard library, a narrow transformer",
+        title="the next character of Python's standard library, a transformer without feed-forward layers",
         score=f"{_EVALUATED_WINDOWS * _TOKENS:,} characters of held-out files",
         net=net,
         sites="blocks.*",
         trials=(Trial("blocks.1", "bottleneck", {"width": 192}), Trial("blocks.0", "channel_gate", {"reduction": 4})),
         learning_rate=2e-3,
-        steps=1000,
+        steps=1200,
         sample=lambda generator: _windows(training, _BATCH, generator),
         validation=_windows(validation, _EVALUATED_WINDOWS, torch.Generator().manual_seed(1)),
         test=_windows(test, _EVALUATED_WINDOWS, torch.Generator().manual_seed(2)),

@@ -25,7 +25,9 @@ def esper(module: fx.GraphModule, example_inputs: list[Any], **options: Any) -> 
         TypeError: An option was given.
     """
     if options:
-        raise TypeError(f"backend 'esper' takes no options, but was given {sorted(options)}; use esper_fx.configure(...)")
+        raise TypeError(
+            f"backend 'esper' takes no options, but was given {sorted(options)}; use esper_fx.configure(...)"
+        )
     program = Program(module)
     for growth in program.growths:
         growth.recompiles += int(_torch.is_recompile())

@@ -111,7 +111,7 @@ def annotate(module: fx.GraphModule, inputs: tuple[TensorMeta, ...]) -> tuple[Te
     with FakeTensorMode():
         propagate(module, [meta.empty() for meta in inputs])
     output = next(iter(reversed(module.graph.nodes)))
-    values = [node.meta["example_value"] for node in output.args[0]]  # type: ignore[union-attr]
+    values = [node.meta["example_value"] for node in output.args[0]]
     return tuple(TensorMeta.of(value) for value in values)
 
 

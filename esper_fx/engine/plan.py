@@ -79,7 +79,9 @@ class Layout:
         flow = partition.analyse(graph, effects)
         self.plans = [self._plan("whole", partition.whole(flow), flow, ambient)] if flow.nodes else []
         if blocks and self.slots:
-            labels = [partition.label(node, lambda t: t if isinstance(t, str) else qualified_name(t)) for node in flow.nodes]
+            labels = [
+                partition.label(node, lambda t: t if isinstance(t, str) else qualified_name(t)) for node in flow.nodes
+            ]
             cuts = partition.blocks(flow, labels)
             if len(cuts) > 2:
                 self.plans.append(self._plan("blocks", cuts, flow, ambient))
@@ -103,7 +105,11 @@ class Layout:
             regions.append(
                 Region(template, tuple(places[n] for n in entering), tuple(places[n] for n in leaving), seeds)
             )
-        outputs = fx.map_arg(final.args[0], lambda n: _Place(places[n]) if n in places else _Constant(self._constant(n)))
+
+        def source(node: fx.Node) -> Any:
+            return _Place(places[node]) if node in places else _Constant(self._constant(node))
+
+        outputs: Any = fx.map_arg(final.args[0], source)
         return Plan(name, _with_frees(regions, outputs, len(places)), tuple(outputs), len(places))
 
     def _constant(self, node: fx.Node) -> Any:

@@ -44,13 +44,11 @@ class Program:
     def __init__(self, module: fx.GraphModule) -> None:
         self.module = module
         handles = [node.args[3] for node in module.graph.nodes if is_seed(node)]
-        self.growths: list[Growth] = [ops.hosts[handle] for handle in dict.fromkeys(handles)]  # type: ignore[misc,index]
+        self.growths: list[Growth] = [ops.hosts[handle] for handle in dict.fromkeys(handles)]  # type: ignore[misc]
         self.epochs = dict.fromkeys(handles, -1)
         self._sized: dict[tuple[int, ...], SizedProgram] = {}
         self._integers = tuple(
-            i
-            for i, node in enumerate(n for n in module.graph.nodes if n.op == "placeholder")
-            if not _is_tensor(node)
+            i for i, node in enumerate(n for n in module.graph.nodes if n.op == "placeholder") if not _is_tensor(node)
         )
         self._lock = threading.Lock()
         self._nested = _has_nested_seeds(module)
@@ -117,7 +115,9 @@ class SizedProgram:
         _torch.warm_inductor()
         self.service.start_workers()
         ambient = Ambient.current()
-        self.layout = Layout(self._module, args, ambient, blocks=settings().blocks and self.service.compiler is not None)
+        self.layout = Layout(
+            self._module, args, ambient, blocks=settings().blocks and self.service.compiler is not None
+        )
         by_handle = {growth.handle: growth for growth in self.growths}
         self.seeds = [by_handle[slot.model].by_index[slot.site] for slot in self.layout.slots]
         self._slots = list(zip(self.seeds, self.layout.slots, strict=True))

@@ -128,6 +128,8 @@ def service() -> Service:
     with _services_lock:
         if identity not in _services:
             store = ArtifactStore(current.cache_dir) if current.store else None
+            if store is not None:
+                threading.Thread(target=store.trim, args=(current.store_bytes,), daemon=True).start()
             compiler = None
             if current.workers:
                 compiler = KernelCompiler(

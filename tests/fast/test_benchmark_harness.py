@@ -16,9 +16,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import child
+from benchmarks import child, swap
 from benchmarks.__main__ import main
-from benchmarks.harness import GcPauses, Quantiles, Samples, Stamps, gc_off, interleave, quantile, quantiles
+from benchmarks.harness import (
+    LEAST_ROUNDS,
+    GcPauses,
+    Quantiles,
+    Samples,
+    Stamps,
+    gc_off,
+    interleave,
+    quantile,
+    quantiles,
+)
 from benchmarks.options import NAMES
 from benchmarks.report import Bar, Report, Row
 
@@ -99,6 +109,15 @@ def test_every_side_runs_once_per_round_and_warmup_is_not_recorded(order: str) -
     assert len(calls) == 36
     assert [tuple(calls[start : start + 3]) for start in range(6, 36, 3)] == samples.orders
     assert all(sorted(turn) == ["a", "b", "c"] for turn in samples.orders)
+
+
+def test_a_budget_ends_the_rounds_but_not_before_there_are_enough() -> None:
+    clock = FakeClock()
+    samples = interleave({"a": lambda: clock.takes(1.0)}, rounds=1000, warmup=0, budget_s=100.5, clock=clock)
+    assert len(samples.seconds["a"]) == 101
+    samples = interleave({"a": lambda: clock.takes(1.0)}, rounds=1000, warmup=0, budget_s=1.0, clock=clock)
+    assert len(samples.seconds["a"]) == LEAST_ROUNDS
+    assert len(samples.orders) == LEAST_ROUNDS
 
 
 def test_alternating_gives_every_side_every_place_equally_often() -> None:
@@ -195,6 +214,25 @@ def test_json_holds_rows_machine_and_samples(tmp_path: Path) -> None:
     assert written["raw"] == {"step_s": {"a": [0.5, None]}}
     assert written["machine"]["cores"] >= 1
     assert {"cpu", "torch", "python", "esper_fx", "torch_threads"} <= set(written["machine"])
+
+
+def test_swap_reads_the_longest_step_and_the_ratios_from_what_was_watched() -> None:
+    grown = {
+        "before_s": [0.01, 0.02, 0.03],
+        "event_s": [0.02, 0.045, 0.02],
+        "longest": [{"step": 1}],
+        "host_ms": 0.5,
+        "call_ms": 0.25,
+        "live_s": 9.0,
+        "takeover_s": 20.0,
+        "compiled": 2,
+        "gc_pause_ms": 3.0,
+    }
+    idle = {"idle_s": 2.0, "idle_takeover_s": 5.0}
+    plain = {"before_s": [0.01, 0.01, 0.01], "event_s": [1.0, 0.01]}
+    found = swap.rows("net", grown, idle, plain)
+    assert [round(row.figure, 6) for row in found] == [2.25, 1.5, 1.0, 100.0, 0.5, 4.5]
+    assert [row.verdict for row in found] == ["met", "", "", "", "aim met", "missed"]
 
 
 def test_an_unknown_benchmark_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:

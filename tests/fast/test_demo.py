@@ -16,23 +16,9 @@ from esper_fx.demo import plot, report, text, vision
 from esper_fx.demo.growth import Run
 from esper_fx.demo.record import AFTER, Event, Record, Step, longest_step, smooth, steady_seconds, steps_per_second
 from esper_fx.demo.task import DemoError, Labelled, Task, accuracy, loss
+from tests.support.watchers import Notes
 
 pytest.importorskip("sklearn")
-
-
-class Notes:
-    """A watcher that writes down what it is told."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-        self.doings: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.lines.append(text)
-
-    def stepped(self, done: int, planned: int, doing: str) -> None:
-        assert done <= planned
-        self.doings.append(doing)
 
 
 def smaller(task: Task, batch: int) -> Task:
@@ -53,7 +39,7 @@ def rows(seconds: list[float]) -> list[Step]:
 def test_digits_are_split_without_overlap_whatever_the_seed() -> None:
     first, second = vision.digits_task(0), vision.digits_task(1)
     assert torch.equal(first.test[0], second.test[0])
-    assert not torch.equal(first.net.stem.weight, second.net.stem.weight)
+    assert not torch.equal(next(first.net.parameters()), next(second.net.parameters()))
     training = {image.numpy().tobytes() for image in first.sample(torch.Generator().manual_seed(0))[0]}
     held_out = [image.numpy().tobytes() for part in (first.validation, first.test) for image in part[0]]
     assert len(training) > 200
@@ -95,7 +81,7 @@ def test_text_round_trips_through_its_codes() -> None:
 
 
 def test_a_python_without_source_files_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text.sysconfig, "get_path", lambda _: str(tmp_path))
+    monkeypatch.setattr("sysconfig.get_path", lambda _: str(tmp_path))
     with pytest.raises(DemoError, match="too few source files of the standard library; run the demo without --text"):
         text.text_task(0)
 
@@ -173,25 +159,8 @@ def test_parameters_come_and_go_and_every_event_settles(told: tuple[Run, Notes])
     assert count["before"] < count["after"] < count["with both"]
     assert all(event.settled is not None for event in run.record.events)
     assert len(notes.doings) == len(run.record.steps)
-    assert any("keep" in line and "prune" in line for line in notes.lines)
-
-
-def test_the_comparison_starts_from_the_same_network_and_leaves_the_grown_one_alone(told: tuple[Run, Notes]) -> None:
-    run, _ = told
-    again = smaller(vision.digits_task(0), 32).net.state_dict()
-    for name, value in run._untouched.state_dict().items():
-        torch.testing.assert_close(value, again[name], rtol=0, atol=0)
-    grown = {name: value.clone() for name, value in run.model.state_dict().items()}
-    assert 0 <= run.train_without() <= 1
-    for name, value in run.model.state_dict().items():
-        assert torch.equal(value, grown[name])
-
-
-def test_a_growth_that_fails_ends_the_demo_with_the_reason() -> None:
-    task = smaller(vision.digits_task(0), 16)
-    broken = dataclasses.replace(task.trials[0], config={"kernel_size": -1})
-    run = Run(
-        dataclasses.replace(task, trials=(broken, task.trials[1])), steps=100, seed=0, watcher=Notes(), compiled=False
+    assert any("keep depthwise_conv, prune channel_gate" in line for line in notes.lines) == (
+        run.model.seeds["blocks.0"].stage == Stage.FOSSILIZED
     )
     with pytest.raises(Exception, match="kernel_size"):
         run.train()
@@ -220,7 +189,7 @@ def test_smoothing_is_a_mean_of_what_is_there() -> None:
 
 def test_the_report_prints_what_was_measured(told: tuple[Run, Notes]) -> None:
     run, _ = told
-    console = Console(width=100, record=True, file=None, quiet=False)
+    console = Console(width=100)
     with console.capture() as capture:
         report.print_report(console, run.task, run.record, run.model.stats())
     printed = " ".join(capture.get().split())

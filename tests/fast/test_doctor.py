@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 import sys
 from collections.abc import Iterator
@@ -84,7 +85,7 @@ def test_a_compiler_whose_programs_print_nonsense_fails(tmp_path: Path, monkeypa
 
 def test_missing_python_headers_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _needs_compiler()
-    monkeypatch.setattr(doctor.sysconfig, "get_path", lambda _: str(tmp_path))
+    monkeypatch.setattr("sysconfig.get_path", lambda _: str(tmp_path))
     check = only(doctor.check_compiler(), "Python headers")
     assert check.status is Status.FAIL
     assert "Python.h" in check.found
@@ -129,8 +130,8 @@ def test_a_store_that_is_switched_off_is_worth_a_look(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_worth_a_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = doctor.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: usage._replace(free=5_000_000))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=5_000_000))
     with esper_fx.configure(cache_dir=tmp_path / "kernels"):
         check = only(doctor.check_cache_folder(), "kernel store")
     assert check.status is Status.WARN

@@ -36,7 +36,8 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x_BTD: Tensor) -> Tensor:
         qkv = self.qkv(x_BTD).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2], is_causal=True)
-        return self.out(mixed.transpose(1, 2).flatten(2))
+        result_BTD: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
+        return result_BTD
 
 
 class TransformerBlock(nn.Module):
@@ -51,7 +52,8 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD))
-        return x_BTD + self.feed_forward(self.feed_forward_norm(x_BTD))
+        x_BTD = x_BTD + self.feed_forward(self.feed_forward_norm(x_BTD))
+        return x_BTD
 
 
 class Transformer(nn.Module):
@@ -66,10 +68,11 @@ class Transformer(nn.Module):
         self.head = nn.Linear(width, vocabulary)
 
     def forward(self, ids_BT: Tensor) -> Tensor:
-        x_BTD = self.token_embedding(ids_BT) + self.position_embedding
+        x_BTD: Tensor = self.token_embedding(ids_BT) + self.position_embedding
         for block in self.blocks:
             x_BTD = block(x_BTD)
-        return self.head(self.norm(x_BTD))
+        logits: Tensor = self.head(self.norm(x_BTD))
+        return logits
 
 
 class ResidualBlock(nn.Module):
@@ -110,7 +113,8 @@ class ResidualCNN(nn.Module):
         x_BCHW = torch.relu(self.stem_norm(self.stem(x_BCHW)))
         for block in self.blocks:
             x_BCHW = block(x_BCHW)
-        return self.head(x_BCHW.mean(dim=(2, 3)))
+        logits: Tensor = self.head(x_BCHW.mean(dim=(2, 3)))
+        return logits
 
 
 def transformer(
