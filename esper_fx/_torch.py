@@ -11,7 +11,33 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
+from torch.utils import _pytree as pytree
+
+__all__ = [
+    "CHANNEL_FIRST_LAYERS",
+    "SET_GRAD_ENABLED",
+    "DataDependentOutputException",
+    "FakeTensor",
+    "FakeTensorMode",
+    "HigherOrderOperator",
+    "OpOverload",
+    "OpOverloadPacket",
+    "pytree",
+]
+
+#: What a graph holds where the grad mode is switched.
+SET_GRAD_ENABLED = torch._C._set_grad_enabled
+
+#: Layers whose output has its features in dimension 1.
+CHANNEL_FIRST_LAYERS: tuple[type[nn.Module], ...] = (
+    nn.modules.conv._ConvNd,
+    nn.modules.batchnorm._BatchNorm,
+    nn.modules.instancenorm._InstanceNorm,
+    nn.GroupNorm,
+)
 
 BACKEND_NAME = "esper"
 

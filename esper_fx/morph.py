@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+from esper_fx._torch import DataDependentOutputException, FakeTensorMode, pytree
 from esper_fx.errors import MorphError, SiteError
 from esper_fx.growth import Growth, Morphology
 from esper_fx.lifecycle import Ledger
@@ -274,7 +274,7 @@ def _learn_values(model: MorphableModel, example_inputs: Sequence[Any] | Mapping
     own = [t for name, t in (*model.named_parameters(), *model.named_buffers()) if not name.startswith(f"{NAMESPACE}.")]
     replica = copy.deepcopy(model, {id(tensor): mode.from_tensor(tensor) for tensor in own})
     replica._forward_pre_hooks.clear()
-    inputs = torch.utils._pytree.tree_map_only(Tensor, mode.from_tensor, example_inputs)
+    inputs = pytree.tree_map_only(Tensor, mode.from_tensor, example_inputs)
     try:
         with mode, torch.no_grad():
             replica(**inputs) if isinstance(inputs, Mapping) else replica(*inputs)

@@ -21,6 +21,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from esper_fx._torch import FakeTensor
+
 
 class _ScaleGradient(torch.autograd.Function):
     @staticmethod
@@ -80,7 +82,7 @@ _library.define("seed(Tensor x, Tensor alpha, Tensor gate, int model, int site, 
 
 
 def _seed_eager(x: Tensor, alpha: Tensor, gate: Tensor, model: int, site: int, training: bool) -> Tensor:
-    if isinstance(x, torch._subclasses.FakeTensor) or x.is_meta:
+    if isinstance(x, FakeTensor) or x.is_meta:
         return torch.empty_like(x).requires_grad_(x.requires_grad)
     host = hosts.get(model)
     if host is None:

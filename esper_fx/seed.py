@@ -18,13 +18,6 @@ if TYPE_CHECKING:
     from esper_fx.growth import Growth
     from esper_fx.passes.record import BodyGraph, TensorMeta
 
-_CHANNEL_FIRST = (
-    nn.modules.conv._ConvNd,
-    nn.modules.batchnorm._BatchNorm,
-    nn.modules.instancenorm._InstanceNorm,
-    nn.GroupNorm,
-)
-
 
 class Germination:
     """What ``germinate`` returns: done when the seed's body is live, or when that has failed.
@@ -106,7 +99,7 @@ class KasminaSeed(nn.Module):
         self.config: dict[str, Any] = {}
         self.recorded: dict[tuple[TensorMeta, bool], BodyGraph] = {}
         self._spec: SiteSpec | None = None
-        self._channel_first = isinstance(producer, _CHANNEL_FIRST)
+        self._channel_first = isinstance(producer, _torch.CHANNEL_FIRST_LAYERS)
         self._feature_last = isinstance(producer, nn.Linear | nn.LayerNorm | nn.Embedding | nn.MultiheadAttention)
 
     def forward(self, x: Tensor, alpha: Tensor, gate: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from esper_fx._torch import HigherOrderOperator, OpOverload, OpOverloadPacket
+
 
 def canonical(graph: fx.Graph, owner: nn.Module | None = None, skip: Callable[[fx.Node], bool] | None = None) -> str:
     """Return a JSON text that holds operators, topology, constants and attributes, and no node names.
@@ -39,9 +41,9 @@ def digest(text: str) -> str:
 
 def qualified_name(function: Any) -> str:
     """A name for a callable that is stable between processes."""
-    if isinstance(function, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+    if isinstance(function, OpOverload | OpOverloadPacket):
         return f"torch.ops.{function}"
-    if isinstance(function, torch._ops.HigherOrderOperator):
+    if isinstance(function, HigherOrderOperator):
         return f"torch.ops.higher_order.{function.name()}"
     owner = getattr(function, "__module__", None) or getattr(
         getattr(function, "__self__", None), "__name__", "builtins"

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
+from esper_fx._torch import SET_GRAD_ENABLED, pytree
 from esper_fx.passes.propagate import Effects, storage_of
 
 #: A region smaller than this many operations is merged with a neighbour.
@@ -63,7 +62,7 @@ def analyse(graph: fx.Graph, effects: Effects) -> Flow:
         if i < len(nodes):
             node = nodes[i]
             depth += _context_change(node)
-            if node.target is torch._C._set_grad_enabled:
+            if node.target is SET_GRAD_ENABLED:
                 ambient_grad = bool(node.args[0]) == _first_grad_mode(nodes)
             alive.append(node)
     return Flow(nodes, tuple(live), tuple(legal))
@@ -142,7 +141,7 @@ def _context_change(node: fx.Node) -> int:
 def _first_grad_mode(nodes: Sequence[fx.Node]) -> bool:
     """The mode outside of all switches: the first switch turns away from it."""
     for node in nodes:
-        if node.target is torch._C._set_grad_enabled:
+        if node.target is SET_GRAD_ENABLED:
             return not bool(node.args[0])
     return True
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
+
+from esper_fx._torch import pytree
 
 
 @dataclass

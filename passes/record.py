@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
+from esper_fx._torch import SET_GRAD_ENABLED, FakeTensorMode, pytree
 from esper_fx.errors import BlueprintError
 from esper_fx.passes.canonical import canonical, digest
 
@@ -165,7 +164,7 @@ class _Recorder(TorchFunctionMode):
         if (torch.is_autocast_enabled(), torch.is_autocast_enabled("cpu")) != self.autocast:
             raise BlueprintError("a body must not change autocast inside its forward")
         leaves = pytree.tree_leaves((args, kwargs))
-        if func is torch._C._set_grad_enabled:
+        if func is SET_GRAD_ENABLED:
             self.graph.call_function(func, args)
             return result
         returns_tensor = any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(result))

@@ -59,14 +59,17 @@ class Run:
         self._doing = "first step: compiling"
         self._call_seconds = 0.0
 
+    def start(self) -> None:
+        """Train one step, which compiles the network; nothing is compiled on this thread after it."""
+        self._step()
+        self.watcher.say(f"first step, with compilation: {self.record.steps[0].seconds:.1f} s; training starts")
+
     def train(self) -> Record:
-        """Run to the end and return what was measured.
+        """Run to the end, after `start`, and return what was measured.
 
         Raises:
             DemoError: A growth did not come to life.
         """
-        self._step()
-        self.watcher.say(f"first step, with compilation: {self.record.steps[0].seconds:.1f} s; training starts")
         for _ in self._life():
             self._step()
         return self.record

@@ -46,6 +46,7 @@ def run_demo(
     console.print(f"torch {torch.__version__}, {torch.get_num_threads()} threads", style="dim", highlight=False)
     with Screen(console) as screen:
         run = Run(task, steps=task.steps if steps is None else steps, seed=seed, watcher=screen)
+        run.start()
         run.train()
         if control:
             run.train_without()

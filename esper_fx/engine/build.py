@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from esper_fx import _torch, ops
 from esper_fx.passes import serialize
@@ -108,7 +107,7 @@ def compile_region(
 
 def annotate(module: fx.GraphModule, inputs: tuple[TensorMeta, ...]) -> tuple[TensorMeta, ...]:
     """Give every node a fake value and return what the graph's outputs are; the ambient state must be set."""
-    with FakeTensorMode():
+    with _torch.FakeTensorMode():
         propagate(module, [meta.empty() for meta in inputs])
     output = next(iter(reversed(module.graph.nodes)))
     values = [node.meta["example_value"] for node in output.args[0]]

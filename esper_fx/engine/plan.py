@@ -6,10 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 
+from esper_fx._torch import FakeTensorMode, pytree
 from esper_fx.engine.build import Ambient
 from esper_fx.engine.region import Region, Variant, shared_template
 from esper_fx.passes import partition
@@ -180,7 +179,7 @@ def _extract(inside: Sequence[fx.Node], leaving: Sequence[fx.Node]) -> tuple[lis
 
 def _with_frees(regions: list[Region], outputs: Any, places: int) -> tuple[Region, ...]:
     """Note after which region each place is read for the last time."""
-    kept = {item.index for item in torch.utils._pytree.tree_leaves(outputs) if isinstance(item, _Place)}
+    kept = {item.index for item in pytree.tree_leaves(outputs) if isinstance(item, _Place)}
     last: dict[int, int] = {}
     for number, region in enumerate(regions):
         for place in (*region.outputs, *region.inputs):

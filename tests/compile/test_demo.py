@@ -15,8 +15,7 @@ from tests.support.watchers import Notes
 def test_the_text_demo_grows_without_a_recompile() -> None:
     notes = Notes()
     run = Run(text_task(0), steps=100, seed=0, watcher=notes)
-    # Patience for a busy machine is the demo's own; a recompile ends it at once.
-    run.step()
+    run.start()
     with torch.compiler.set_stance("fail_on_recompile"):
         record = run.train()
     stats = run.model.stats()

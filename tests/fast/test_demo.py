@@ -11,7 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from esper_fx import Stage
+from esper_fx import BlueprintError, Stage
 from esper_fx.demo import plot, report, text, vision
 from esper_fx.demo.growth import Run
 from esper_fx.demo.record import AFTER, Event, Record, Step, longest_step, smooth, steady_seconds, steps_per_second
@@ -115,6 +115,7 @@ def test_loss_of_even_odds_is_the_logarithm_of_the_number_of_classes() -> None:
 def told() -> tuple[Run, Notes]:
     notes = Notes()
     run = Run(smaller(vision.digits_task(0), 32), steps=100, seed=0, watcher=notes, compiled=False)
+    run.start()
     run.train()
     return run, notes
 
@@ -162,7 +163,8 @@ def test_parameters_come_and_go_and_every_event_settles(told: tuple[Run, Notes])
     assert any("keep depthwise_conv, prune channel_gate" in line for line in notes.lines) == (
         run.model.seeds["blocks.0"].stage == Stage.FOSSILIZED
     )
-    with pytest.raises(Exception, match="kernel_size"):
+    run.start()
+    with pytest.raises(BlueprintError, match="kernel_size"):
         run.train()
 
 

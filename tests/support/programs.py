@@ -1,0 +1,116 @@
+"""Random programs: graphs as Dynamo hands them to the engine, with seeds, views, changes in place and mode switches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor, fx, nn
+from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
+
+from esper_fx import ops
+
+SHAPE = (2, 4)
+SEED = torch.ops.esper.seed
+UNARY = (torch.sin, torch.relu, torch.sigmoid, torch.neg)
+Body = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One or a few operations; ``a`` and ``b`` choose earlier values, counted from the newest."""
+
+    kind: str
+    a: int
+    b: int
+
+
+@st.composite
+def instructions(draw: st.DrawFn, *, modes: bool = True) -> tuple[Instruction, ...]:
+    """A program with at least one seed. ``modes``: with blocks under no_grad and autocast."""
+    kinds = ["unary", "binary", "seed", "linear", "chunk", "in place", "view", "repeat"] + [
+        "no_grad",
+        "autocast",
+    ] * modes
+    near = st.integers(0, 3)
+    steps = draw(st.lists(st.builds(Instruction, st.sampled_from(kinds), near, near), min_size=2, max_size=14))
+    steps.insert(draw(st.integers(0, len(steps))), Instruction("seed", 0, 0))
+    return tuple(steps)
+
+
+def build(program: Sequence[Instruction], handle: int = 0) -> fx.GraphModule:
+    """The graph; its inputs are x, y and weight, all float32 [2, 4] but weight [4, 4], then alpha and gate [n_seeds]."""
+    graph, root = fx.Graph(), nn.Module()
+    root.register_buffer("constant", torch.linspace(-1, 1, 4))
+    x, y, weight, alpha, gate = (graph.placeholder(name) for name in ("x", "y", "weight", "alpha", "gate"))
+    constant = graph.get_attr("constant")
+    values = [graph.call_function(torch.add, (x, y))]
+    seeds = 0
+
+    def add(function: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        return graph.call_function(function, args, kwargs)
+
+    for step in program:
+        a, b = (values[-1 - index % len(values)] for index in (step.a, step.b))
+        if step.kind == "unary":
+            values.append(add(UNARY[step.b], a))
+        elif step.kind == "binary":
+            values.append(add(torch.mul if step.a % 2 else torch.add, a, b))
+        elif step.kind == "seed":
+            values.append(add(SEED, a, alpha, gate, handle, seeds, True))
+            seeds += 1
+        elif step.kind == "linear":
+            values.append(add(torch.add, add(torch.matmul, a, weight), constant))
+        elif step.kind == "chunk":
+            halves = add(torch.chunk, a, 2, dim=-1)
+            values.append(add(torch.cat, [add(_item, halves, 1), add(_item, halves, 0)], dim=-1))
+        elif step.kind == "in place":
+            fresh = graph.call_method("clone", (a,))
+            values += [fresh, add(torch.mul, fresh, 0.5), graph.call_method("add_", (fresh, b))]
+        elif step.kind == "view":
+            values.append(graph.call_method("view", (graph.call_method("view", (a, -1)), *SHAPE)))
+        elif step.kind == "repeat":
+            for _ in range(4):
+                values.append(add(torch.add, values[-1], add(torch.tanh, add(torch.matmul, values[-1], weight))))
+        elif step.kind == "no_grad":
+            add(torch._C._set_grad_enabled, False)
+            scale = add(torch.sin, a)
+            add(torch._C._set_grad_enabled, True)
+            values.append(add(torch.mul, scale, b))
+        elif step.kind == "autocast":
+            mode = add(_enter_autocast, "cpu", torch.bfloat16, True, None)
+            product = add(torch.matmul, a, weight)
+            add(_exit_autocast, mode)
+            values.append(graph.call_method("float", (product,)))
+    graph.output((values[-1], values[-1 - program[0].b % len(values)], constant, 7))
+    return fx.GraphModule(root, graph)
+
+
+def _item(values: Sequence[Tensor], index: int) -> Tensor:
+    return values[index]
+
+
+def arguments(program: Sequence[Instruction], *, grad: tuple[bool, bool, bool] = (True, False, True)) -> list[Tensor]:
+    """Random arguments for a program; alpha and gate differ from seed to seed."""
+    generator = torch.Generator().manual_seed(3)
+    seeds = sum(step.kind == "seed" for step in program)
+    shapes = (SHAPE, SHAPE, (4, 4))
+    tensors = [torch.randn(s, generator=generator).requires_grad_(g) for s, g in zip(shapes, grad, strict=True)]
+    return [*tensors, torch.linspace(0.5, 1.0, seeds), torch.linspace(0.25, 1.0, seeds)]
+
+
+class Host:
+    """Stands for the model that seeds belong to: the bodies by site; the others sleep. Keep it alive while it is used."""
+
+    def __init__(self, bodies: Mapping[int, Body]) -> None:
+        self.bodies = bodies
+        self.handle = -1 - id(self)
+        ops.hosts[self.handle] = self
+
+    def run_seed(self, site: int, x: Tensor, alpha: Tensor, gate: Tensor) -> Tensor:
+        """What the seed's operator does outside of a kernel."""
+        body = self.bodies.get(site)
+        return x if body is None else ops.seed_forward(x, body, alpha[site], gate[site])
