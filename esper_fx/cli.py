@@ -44,7 +44,7 @@ def demo(
         int | None,
         typer.Option(
             min=_LEAST_STEPS,
-            help="Training steps, besides those spent waiting for kernels.",
+            help="Training steps, besides those in which a growth is on its way.",
             show_default="the demo's own",
         ),
     ] = None,

@@ -28,11 +28,8 @@ def check(draft: Draft) -> None:
         if node.op == "call_module" and node.target in seeds:
             _check_seed(node)
             arrays.update(str(array.target) for array in node.args[1:])
-    for site, target in draft.seeds.items():
-        visits = len(dict.fromkeys(draft.sites.get(site, ())))
-        spliced = sum(node.op == "call_module" and node.target == target for node in draft.graph.nodes)
-        if spliced != visits:
-            raise MorphError(f"site {site!r} is visited {visits} times but its seed is called {spliced} times")
+    for site, visits in draft.sites.items():
+        _check_site(draft, site, list(dict.fromkeys(visits)), seeds)
     expected, actual = _canonical(draft.original, set(), set()), _canonical(draft.graph, seeds, arrays)
     if expected != actual:
         index = next((i for i, (a, b) in enumerate(zip(expected, actual, strict=False)) if a != b), -1)
@@ -41,9 +38,37 @@ def check(draft: Draft) -> None:
 
 
 def _check_seed(node: fx.Node) -> None:
-    args_ok = len(node.args) == 3 and all(isinstance(arg, fx.Node) for arg in node.args)
-    if not args_ok or any(array.op != "get_attr" for array in node.args[1:]):  # type: ignore[union-attr]
+    """A seed reads one value and then the arrays called alpha and gate."""
+    names = [
+        str(arg.target).rpartition(".")[2] for arg in node.args[1:] if isinstance(arg, fx.Node) and arg.op == "get_attr"
+    ]
+    if len(node.args) != 3 or not isinstance(node.args[0], fx.Node) or names != ["alpha", "gate"]:
         raise MorphError(f"seed node {node.format_node()} must read one value and the state arrays alpha and gate")
+
+
+def _check_site(draft: Draft, site: str, visits: list[fx.Node], seeds: set[str]) -> None:
+    """Every visit is a value of the graph, and its site's seed, once, stands between it and all who use it."""
+    assert draft.graph is not None
+    for value in visits:
+        if value.graph is not draft.graph or value not in draft.graph.nodes:
+            raise MorphError(f"site {site!r} names {value.name!r}, which is not a node of the graph")
+    if site not in draft.seeds:
+        return
+    target = draft.seeds[site]
+    spliced = sum(node.op == "call_module" and node.target == target for node in draft.graph.nodes)
+    if spliced != len(visits):
+        raise MorphError(f"site {site!r} is visited {len(visits)} times but its seed is called {spliced} times")
+    for value in visits:
+        found = False
+        node = value
+        while any(user.target in seeds and user.args[0] is node for user in node.users):
+            if len(node.users) != 1:
+                others = sorted(user.name for user in node.users if user.target not in seeds)
+                raise MorphError(f"users {others} of {node.name!r} at site {site!r} read past its seed")
+            (node,) = node.users
+            found = found or node.target == target
+        if not found:
+            raise MorphError(f"the seed of site {site!r} does not follow its value {value.name!r}")
 
 
 def _canonical(graph: fx.Graph, seeds: set[str], arrays: set[str]) -> list[tuple[Any, ...]]:

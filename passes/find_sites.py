@@ -39,9 +39,11 @@ def find_sites(draft: Draft, *, sites: Sites, modules: Mapping[str, nn.Module], 
     assert draft.graph is not None
     found: dict[str, list[fx.Node]] = {}
     if callable(sites) and not isinstance(sites, type):
+        named: dict[str, fx.Node] = {}
         for node in draft.graph.nodes:
             if node.op not in ("placeholder", "output", "get_attr") and sites(node):
-                found[_join(scope, _node_site_name(node, draft))] = [node]
+                named[_node_site_name(node, draft, named)] = node
+        found = {_join(scope, name): [node] for name, node in named.items()}
     else:
         patterns = [sites] if isinstance(sites, str | type) else list(sites)
         for local, visits in draft.outputs.items():
@@ -80,11 +82,13 @@ def _visit_node(name: str, value: Any) -> fx.Node:
     )
 
 
-def _node_site_name(node: fx.Node, draft: Draft) -> str:
-    """A call to a leaf module is named after the module; any other node has a name of its own."""
-    if node.op == "call_module" and len(draft.outputs.get(str(node.target), ())) == 1:
-        return str(node.target)
-    return node.name
+def _node_site_name(node: fx.Node, draft: Draft, taken: Iterable[str]) -> str:
+    """A leaf module's only call is named after the module; any other node has a name of its own."""
+    only_call = node.op == "call_module" and len(draft.outputs.get(str(node.target), ())) == 1
+    name = str(node.target) if only_call else node.name
+    while name in taken:
+        name += "_"
+    return name
 
 
 def _join(scope: str, name: str) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
+from functools import partial
 
 from torch import fx
 
@@ -38,7 +40,7 @@ def splice(draft: Draft, *, target: Callable[[str], str], alpha: str, gate: str)
                 continue
             with graph.inserting_after(anchor):
                 seed = graph.call_module(seed_name, (anchor, arrays[alpha], arrays[gate]))
-            anchor.replace_all_uses_with(seed, delete_user_cb=seed.__ne__)
+            anchor.replace_all_uses_with(seed, delete_user_cb=partial(operator.is_not, seed))
             seed.meta.update({key: value.meta[key] for key in ("stack_trace", "nn_module_stack") if key in value.meta})
             seed.meta["esper_seed"] = site
             changed = True

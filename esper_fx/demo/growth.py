@@ -11,7 +11,7 @@ import torch
 
 import esper_fx
 from esper_fx import Germination, KasminaSeed, MorphableModel, Stage
-from esper_fx.demo.record import AFTER, Event, Record, Step
+from esper_fx.demo.record import Event, Record, Step
 from esper_fx.demo.task import DemoError, Labelled, Task, Trial, accuracy, loss, parameter_count
 
 _PATIENCE_S = 240.0
@@ -26,7 +26,7 @@ class Watcher(Protocol):
         """Something worth a line."""
 
     def stepped(self, done: int, planned: int, doing: str) -> None:
-        """A training step has ended; `planned` grows with every step spent waiting for kernels."""
+        """A training step has ended; `planned` grows with every step spent waiting."""
 
 
 class Run:
@@ -34,7 +34,7 @@ class Run:
 
     Args:
         task: What to train.
-        steps: Training steps planned; those trained while kernels are being compiled come on top.
+        steps: Training steps planned; those trained while a growth is compiled or blended in come on top.
         seed: Of the order of the training data.
         watcher: Is told of the progress.
         compiled: Whether to run through torch.compile.
@@ -42,7 +42,7 @@ class Run:
 
     def __init__(self, task: Task, *, steps: int, seed: int, watcher: Watcher, compiled: bool = True) -> None:
         self.task = task
-        self.planned = steps
+        self._steps = self.planned = steps
         self.seed = seed
         self.watcher = watcher
         self.record = Record()
@@ -91,7 +91,7 @@ class Run:
 
     def _life(self) -> Iterator[None]:
         """The story; every `yield` is one training step."""
-        yield from self._train("as it is", self.planned * 4 // 10)
+        yield from self._train("as it is", self._share(50) - len(self.record.steps))
         self._measure("before")
         self.model.reset_stats()
         for trial, seed in zip(self.task.trials, self._seeds, strict=True):
@@ -100,10 +100,10 @@ class Run:
         kept, pruned = self._compare()
         self._ask(f"fossilize {kept.blueprint}", kept, kept.fossilize)
         self._ask(f"prune {pruned.blueprint}", pruned, pruned.prune, kernels=True)
-        yield from self._train("after growth", self.planned * 2 // 10)
+        yield from self._train("after growth", self._share(30))
         yield from self._until(lambda: not self._unsettled, "after growth, last kernels on their way")
         self.record.marks["after"] = len(self.record.steps)
-        yield from self._train("after growth", max(self.planned // 10, AFTER))
+        yield from self._train("after growth", self._share(10))
         self._measure("after")
 
     def _grow(self, trial: Trial, seed: KasminaSeed) -> Iterator[None]:
@@ -126,9 +126,9 @@ class Run:
             f"step {event.live:,}: {name} is live, {event.live_seconds:.1f} s and "
             f"{event.live - event.step:,} steps later"
         )
-        yield from self._train(f"{name} incubates", self.planned // 20)
-        blend = max(self.planned // 10, 1)
-        self._ask(f"blend in {trial.blueprint}", seed, lambda: seed.blend(to=1.0, steps=blend, schedule="cosine"))
+        yield from self._train(f"{name} incubates", self._share(5))
+        ticks = self._share(10)
+        self._ask(f"blend in {trial.blueprint}", seed, lambda: seed.blend(to=1.0, steps=ticks, schedule="cosine"))
         yield from self._until(lambda: seed.stage == Stage.ACTIVE, f"{name} is blended in")
 
     def _compare(self) -> tuple[KasminaSeed, KasminaSeed]:
@@ -149,6 +149,9 @@ class Run:
         )
         self.watcher.say(f"step {len(self.record.steps):,}: keep {kept.blueprint}, prune {pruned.blueprint}")
         return kept, pruned
+
+    def _share(self, percent: int) -> int:
+        return self._steps * percent // 100
 
     def _train(self, doing: str, steps: int) -> Iterator[None]:
         self._doing = doing

@@ -11,8 +11,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from esper_fx import BlueprintError, Stage
-from esper_fx.demo import plot, report, text, vision
+from esper_fx import BlueprintError, Germination, GerminationError, Stage
+from esper_fx.demo import growth, plot, report, text, vision
 from esper_fx.demo.growth import Run
 from esper_fx.demo.record import AFTER, Event, Record, Step, longest_step, smooth, steady_seconds, steps_per_second
 from esper_fx.demo.task import DemoError, Labelled, Task, accuracy, loss
@@ -163,8 +163,44 @@ def test_parameters_come_and_go_and_every_event_settles(told: tuple[Run, Notes])
     assert any("keep depthwise_conv, prune channel_gate" in line for line in notes.lines) == (
         run.model.seeds["blocks.0"].stage == Stage.FOSSILIZED
     )
+
+
+def test_the_comparison_starts_from_the_same_network_and_leaves_the_grown_one_alone(told: tuple[Run, Notes]) -> None:
+    run, _ = told
+    again = smaller(vision.digits_task(0), 32).net.state_dict()
+    for name, value in run._untouched.state_dict().items():
+        torch.testing.assert_close(value, again[name], rtol=0, atol=0)
+    grown = {name: value.clone() for name, value in run.model.state_dict().items()}
+    assert 0 <= run.train_without() <= 1
+    for name, value in run.model.state_dict().items():
+        torch.testing.assert_close(value, grown[name], rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_growth_that_is_refused_ends_the_demo_with_the_reason() -> None:
+    task = smaller(vision.digits_task(0), 16)
+    broken = dataclasses.replace(task.trials[0], config={"kernel_size": -1})
+    run = Run(
+        dataclasses.replace(task, trials=(broken, task.trials[1])), steps=100, seed=0, watcher=Notes(), compiled=False
+    )
     run.start()
     with pytest.raises(BlueprintError, match="kernel_size"):
+        run.train()
+
+
+def test_a_growth_that_never_comes_to_life_ends_the_demo_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(growth, "_PATIENCE_S", 0.1)
+    monkeypatch.setattr(Germination, "done", lambda _: False)
+    run = Run(smaller(vision.digits_task(0), 16), steps=100, seed=0, watcher=Notes(), compiled=False)
+    run.start()
+    with pytest.raises(DemoError, match="in vain.*esper-fx doctor"):
+        run.train()
+
+
+def test_a_growth_that_failed_ends_the_demo_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Germination, "exception", lambda _: GerminationError("no kernel today"))
+    run = Run(smaller(vision.digits_task(0), 16), steps=100, seed=0, watcher=Notes(), compiled=False)
+    run.start()
+    with pytest.raises(DemoError, match="depthwise_conv at blocks.0 did not come to life: no kernel today"):
         run.train()
 
 
