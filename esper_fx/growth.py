@@ -457,7 +457,12 @@ _validated: set[tuple[Any, ...]] = set()
 
 
 def _validate_once(kind: blueprints.Blueprint, body: nn.Module, site: SiteSpec, config: Mapping[str, Any]) -> None:
-    """Check a body unless one of the same blueprint and parameters was checked for a site of the same kind."""
+    """Check a user's body unless one of the same blueprint and parameters was checked for a site of the same kind.
+
+    The blueprints of this package are checked by its tests, so that germinating one costs the training thread less.
+    """
+    if kind.function.__module__.startswith("esper_fx.blueprints."):
+        return
     what = (kind.function, kind.config_key(config), site.shape, site.dtype, site.device, site.feature_dim)
     if what not in _validated:
         blueprints.validate_body(kind.name, body, site)

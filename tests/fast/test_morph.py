@@ -534,7 +534,7 @@ def test_something_that_is_no_module_or_cannot_be_traced_or_takes_our_names() ->
 @pytest.mark.parametrize(
     ("inputs", "wording"),
     [
-        ((torch.randn(2, 5),), "example_inputs do not fit Sequential: RuntimeError: .*shapes cannot be multiplied"),
+        ((torch.randn(2, 5),), "example_inputs do not fit Sequential: RuntimeError: .*5.*4"),
         ((torch.randn(2, 4), 1), "example_inputs do not fit Sequential: TypeError: "),
         ((), "example_inputs do not fit Sequential: TypeError: "),
         ({"wrong": torch.randn(2, 4)}, "example_inputs do not fit Sequential: TypeError: .*wrong"),
