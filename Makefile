@@ -82,10 +82,8 @@ nightly: $(STAMP)
 	@$(RUN) python -m pytest -m "fast or compile or kernels or gpu or nightly" --hypothesis-profile=nightly $(ARGS)
 
 bench: $(STAMP)
-	@set -e; for name in $(if $(BENCH),$(BENCH),swap dormant active reuse restart); do \
-		echo "==> python -m benchmarks $$name"; \
-		$(RUN) python -m benchmarks $$name $(ARGS); \
-	done
+	@echo "==> python -m benchmarks $(if $(BENCH),$(BENCH),all) $(ARGS)"
+	@$(RUN) python -m benchmarks $(if $(BENCH),$(BENCH),all) $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-output benchmarks/out

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,13 +26,24 @@ FOLDERS = {"esper_fx": "ESPER_FX_CACHE_DIR", "inductor": "TORCHINDUCTOR_CACHE_DI
 @contextmanager
 def fresh_folders() -> Iterator[dict[str, str]]:
     """Environment variables that point our store and Inductor's own cache to new empty folders, removed at the end."""
-    with tempfile.TemporaryDirectory(prefix="esper-fx-bench-", ignore_cleanup_errors=True) as folder:
+    folder = Path(tempfile.mkdtemp(prefix="esper-fx-bench-"))
+    try:
         environment = {}
         for name, variable in FOLDERS.items():
-            path = Path(folder) / name
+            path = folder / name
             path.mkdir(mode=0o700)
             environment[variable] = str(path)
         yield environment
+    finally:
+        _remove(folder)
+
+
+def _remove(folder: Path, patience_s: float = 5.0) -> None:
+    """Remove a folder that a worker of a child just ended may still be writing to."""
+    deadline = perf_counter() + patience_s
+    while folder.exists() and perf_counter() < deadline:
+        shutil.rmtree(folder, ignore_errors=True)
+        sleep(0.05)
 
 
 def call(

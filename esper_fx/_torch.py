@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 __all__ = [
     "CHANNEL_FIRST_LAYERS",
+    "FUNCTION_HOLDERS",
     "SET_GRAD_ENABLED",
     "DataDependentOutputException",
     "FakeTensor",
@@ -30,6 +31,23 @@ __all__ = [
 
 #: What a graph holds where the grad mode is switched.
 SET_GRAD_ENABLED = torch._C._set_grad_enabled
+
+#: Modules that hold PyTorch's functions, the public ones first.
+FUNCTION_HOLDERS = (
+    "torch.nn.functional",
+    "torch",
+    "torch.linalg",
+    "torch.fft",
+    "torch.special",
+    "torch.nn.init",
+    "torch._C._nn",
+    "torch._C._fft",
+    "torch._C._linalg",
+    "torch._C._special",
+    "torch._C",
+    "operator",
+    "math",
+)
 
 #: Layers whose output has its features in dimension 1.
 CHANNEL_FIRST_LAYERS: tuple[type[nn.Module], ...] = (

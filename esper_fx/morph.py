@@ -139,7 +139,9 @@ def morph(
         raise MorphError(f"no part of {type(net).__name__} can be traced: {_why_not(root)}")
     names = [site for draft in drafts.values() for site in draft.sites]
     if not names:
-        raise SiteError(no_match_message(sites, (_join(s, n) for s, d in drafts.items() for n in d.outputs)))
+        raise SiteError(
+            no_match_message(sites, filter(None, (_join(s, n) for s, d in drafts.items() for n in d.outputs)))
+        )
     growth = Growth(KasminaStateLayout(len(names), names=names), seed)
     growth.by_index = [KasminaSeed(name, i, growth, _find_module(root, name)) for i, name in enumerate(names)]
     growth.seeds = {item.name: item for item in growth.by_index}
@@ -291,7 +293,7 @@ def _learn_values(model: MorphableModel, example_inputs: Sequence[Any] | Mapping
 
 
 def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
+    return ".".join(part for part in (path, name) if part)
 
 
 def _mangled(name: str) -> str:

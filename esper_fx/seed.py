@@ -115,6 +115,11 @@ class KasminaSeed(nn.Module):
                 result: Tensor = torch.ops.esper.seed(x, alpha, gate, self.growth.handle, self.index, self.training)
                 return result
         elif self._spec is None and not torch.compiler.is_compiling():
+            if not isinstance(x, Tensor):
+                raise SiteError(
+                    f"site {self.name!r} returns a {type(x).__name__}, but a seed needs one floating tensor. "
+                    "Choose a submodule that returns a tensor."
+                )
             self.note_value(tuple(x.shape), x.dtype, x.device)
         if not self.live or self.body is None:
             return x

@@ -13,6 +13,17 @@ from typing import Any
 
 from esper_fx.errors import SettingsError
 
+_WHOLE = {
+    "workers": (0, 256),
+    "worker_nice": (0, 19),
+    "worker_threads": (1, 1024),
+    "max_entries": (1, 1 << 20),
+    "max_bytes": (1, 1 << 50),
+    "store_bytes": (0, 1 << 60),
+    "embargo_steps": (0, 1 << 40),
+}
+_REAL = {"job_timeout": (1e-3, 1e9), "incubation_alpha": (-1e6, 1e6)}
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -47,15 +58,17 @@ class Settings:
     incubation_alpha: float = 1.0
 
     def __post_init__(self) -> None:
-        _check("workers", self.workers, 0, 256)
-        _check("worker_nice", self.worker_nice, 0, 19)
-        _check("worker_threads", self.worker_threads, 1, 1024)
-        _check("max_entries", self.max_entries, 1, 1 << 20)
-        _check("max_bytes", self.max_bytes, 1, 1 << 50)
-        _check("store_bytes", self.store_bytes, 0, 1 << 60)
-        _check("embargo_steps", self.embargo_steps, 0, 1 << 40)
-        _check("job_timeout", self.job_timeout, 1e-3, 1e9)
-        _check("incubation_alpha", self.incubation_alpha, -1e6, 1e6)
+        for name, (low, high) in _WHOLE.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+                raise SettingsError(f"setting {name}={value!r}: expected a whole number from {low} to {high}")
+        for name, (least, most) in _REAL.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
+                raise SettingsError(f"setting {name}={value!r}: expected a number from {least} to {most}")
+        for name in ("store", "blocks"):
+            if not isinstance(getattr(self, name), bool):
+                raise SettingsError(f"setting {name}={getattr(self, name)!r}: expected True or False")
 
     @classmethod
     def from_environment(cls) -> Settings:
@@ -66,11 +79,6 @@ class Settings:
             if text is not None:
                 values[field.name] = _parse(field.name, text, field.default)
         return cls(**values)
-
-
-def _check(name: str, value: float, low: float, high: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise SettingsError(f"setting {name}={value!r}: expected a number from {low} to {high}")
 
 
 def _parse(name: str, text: str, default: Any) -> Any:
@@ -117,7 +125,7 @@ class configure:
         for name in changes:
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
+                hint = f"; did you mean {near[0]!r}?" if near else "."
                 raise SettingsError(f"there is no setting {name!r}{hint} Settings: {', '.join(known)}")
         if changes.get("cache_dir") is not None:
             changes["cache_dir"] = Path(changes["cache_dir"])

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from esper_fx._torch import HigherOrderOperator, OpOverload, OpOverloadPacket
+from esper_fx.passes.functions import address
 
 
 def canonical(graph: fx.Graph, owner: nn.Module | None = None, skip: Callable[[fx.Node], bool] | None = None) -> str:
@@ -40,15 +40,15 @@ def digest(text: str) -> str:
 
 
 def qualified_name(function: Any) -> str:
-    """A name for a callable that is stable between processes."""
-    if isinstance(function, OpOverload | OpOverloadPacket):
-        return f"torch.ops.{function}"
-    if isinstance(function, HigherOrderOperator):
-        return f"torch.ops.higher_order.{function.name()}"
-    owner = getattr(function, "__module__", None) or getattr(
-        getattr(function, "__self__", None), "__name__", "builtins"
-    )
-    return f"{owner}.{getattr(function, '__qualname__', repr(function))}"
+    """A name for a callable that is stable between processes and that no other callable has.
+
+    Raises:
+        TypeError: There is none, as for a lambda.
+    """
+    name = address(function)
+    if name is None:
+        raise TypeError(f"{function!r} has no address: another process could not find it")
+    return name
 
 
 def _target(node: fx.Node, owner: nn.Module | None) -> Any:

@@ -48,7 +48,7 @@ def find_sites(draft: Draft, *, sites: Sites, modules: Mapping[str, nn.Module], 
         patterns = [sites] if isinstance(sites, str | type) else list(sites)
         for local, visits in draft.outputs.items():
             name = _join(scope, local)
-            if selects(patterns, name, modules.get(name)):
+            if name and selects(patterns, name, modules.get(name)):
                 found[name] = [_visit_node(name, value) for value in visits]
     changed = found != draft.sites
     draft.sites = found
@@ -92,4 +92,4 @@ def _node_site_name(node: fx.Node, draft: Draft, taken: Iterable[str]) -> str:
 
 
 def _join(scope: str, name: str) -> str:
-    return f"{scope}.{name}" if scope else name
+    return ".".join(part for part in (scope, name) if part)

@@ -20,7 +20,8 @@ class Draft:
     Attributes:
         root: The module whose forward the graph becomes.
         graph: The graph, None until ``trace`` has run.
-        outputs: For each module called inside the graph, by qualified name, what its calls returned, in order of the calls.
+        outputs: For each module called inside the graph, by qualified name, what its calls returned, in order of the calls;
+            under the empty name what the whole graph returns.
         original: The graph as traced, before any pass changed it; what ``check`` compares with.
         sites: Site name to the nodes a seed follows, one node per visit; filled by ``find_sites``.
         seeds: Site name to the target of its seed module; filled by ``splice``.

@@ -10,7 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+import esper_fx.ops  # noqa: F401  (defines esper::seed)
 from esper_fx._torch import pytree
+
+SEED = torch.ops.esper.seed
+
+
+def is_seed(node: fx.Node) -> bool:
+    """Whether a node of a Dynamo graph is a call of ``esper::seed``."""
+    return node.op == "call_function" and node.target in (SEED, SEED.default)
 
 
 @dataclass
@@ -35,7 +43,8 @@ class _Annotator(fx.Interpreter):
         operands = [self.env[used] for used in n.all_input_nodes if used in self.env]
         tensors = [leaf for leaf in pytree.tree_leaves(operands) if isinstance(leaf, Tensor)]
         versions = [_version(tensor) for tensor in tensors]
-        value = super().run_node(n)
+        # A dormant seed hands its input through: what changes the one in place changes the other.
+        value = self.env[n.args[0]] if is_seed(n) else super().run_node(n)
         changed = {storage_of(t) for t, v in zip(tensors, versions, strict=True) if _version(t) != v}
         if changed:
             self.effects.mutations[n] = changed

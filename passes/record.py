@@ -8,7 +8,7 @@ function mode and writes down every PyTorch function that is called.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from esper_fx._torch import SET_GRAD_ENABLED, FakeTensorMode, pytree
 from esper_fx.errors import BlueprintError
 from esper_fx.passes.canonical import canonical, digest
+from esper_fx.passes.functions import tensor_methods
 
 
 @dataclass(frozen=True)
@@ -81,11 +82,11 @@ def record(module: nn.Module, x: TensorMeta, *, training: bool) -> BodyGraph:
     tensors = dict(module.named_parameters()) | dict(module.named_buffers())
     graph = fx.Graph()
     try:
-        with FakeTensorMode() as mode:
+        with torch.inference_mode(False), torch.enable_grad(), FakeTensorMode() as mode:
             fakes = {key: _fake(mode, tensor) for key, tensor in tensors.items()}
             memo: dict[int, Any] = {id(tensor): fakes[key] for key, tensor in tensors.items()}
             replica = copy.deepcopy(module, memo).train(training)
-            value = x.empty()
+            value = replace(x, requires_grad=True).empty()
             recorder = _Recorder(graph, [("x", value), *fakes.items()])
             with recorder:
                 result = replica(value)
@@ -96,6 +97,11 @@ def record(module: nn.Module, x: TensorMeta, *, training: bool) -> BodyGraph:
     if not isinstance(result, Tensor):
         raise BlueprintError(f"body {name} returned a {type(result).__name__}; expected one tensor like its input")
     graph.output(recorder.node_of(result))
+    if _has_own_backward(result):
+        raise BlueprintError(
+            f"body {name} uses a custom autograd function, whose backward a recorded graph would lose; write it with "
+            "PyTorch functions"
+        )
     metas = tuple(TensorMeta.of(tensor) for tensor in tensors.values())
     output = TensorMeta.of(result)
     text = canonical(graph) + repr([meta.describe() for meta in (x, *metas)])
@@ -127,6 +133,21 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, tuple | list):
         return all(_is_plain(item) for item in value)
     return value is None or isinstance(value, bool | int | float | str | torch.dtype)
+
+
+def _has_own_backward(result: Tensor) -> bool:
+    """Whether a custom autograd function took part in computing a tensor."""
+    seen: set[Any] = set()
+    waiting = [result.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            return True
+        seen.add(node)
+        waiting += [following for following, _ in node.next_functions]
+    return False
 
 
 def _fake(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
@@ -180,8 +201,9 @@ class _Recorder(TorchFunctionMode):
             return self.graph.call_function(getattr, (args[0], func.__self__.__name__))
         if name == "__set__":
             raise BlueprintError(f"a body must not assign to tensor attribute {func.__self__.__name__!r}")
-        if getattr(torch.Tensor, name, None) is func:
-            return self.graph.call_method(name, tuple(args), kwargs)
+        method = tensor_methods().get(id(func))
+        if method is not None and isinstance(args[0], fx.Node):
+            return self.graph.call_method(method, tuple(args), kwargs)
         return self.graph.call_function(func, tuple(args), kwargs)
 
     def _bind(self, result: Any, node: fx.Node) -> None:

@@ -13,12 +13,26 @@ from typing import Any
 
 from torch import fx, nn
 
+from esper_fx.passes.functions import address, resolve
+
 
 @dataclass(frozen=True)
 class _NodeAt:
     """Stands for a node in pickled arguments."""
 
     index: int
+
+
+@dataclass(frozen=True)
+class _FunctionAt:
+    """Stands for a function: pickle does not find all of them by their own names."""
+
+    path: str
+
+
+def _sendable(target: Any) -> Any:
+    path = None if isinstance(target, str) else address(target)
+    return target if path is None else _FunctionAt(path)
 
 
 def _place(index: dict[fx.Node, int], node: fx.Node) -> Any:
@@ -36,7 +50,7 @@ def dumps(module: fx.GraphModule) -> bytes:
     attributes: dict[str, Any] = {}
     for node in module.graph.nodes:
         args, kwargs = fx.map_arg((node.args, node.kwargs), partial(_place, index))
-        rows.append((node.op, node.name, node.target, args, kwargs))
+        rows.append((node.op, node.name, _sendable(node.target), args, kwargs))
         index[node] = len(index)
         if node.op == "get_attr":
             value: Any = module
@@ -73,5 +87,6 @@ def loads(data: bytes) -> fx.GraphModule:
         elif op == "output":
             nodes.append(graph.output(restore(args[0])))
         else:
-            nodes.append(graph.create_node(op, target, restore(args), restore(kwargs), name))
+            function = resolve(target.path) if isinstance(target, _FunctionAt) else target
+            nodes.append(graph.create_node(op, function, restore(args), restore(kwargs), name))
     return fx.GraphModule(root, graph)

@@ -4,18 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import fx
 
 from esper_fx.ops import seed_input, seed_output
+from esper_fx.passes.propagate import is_seed
 from esper_fx.passes.record import BodyGraph
-
-SEED = torch.ops.esper.seed
-
-
-def is_seed(node: fx.Node) -> bool:
-    """Whether a node of a Dynamo graph is a call of ``esper::seed``."""
-    return node.op == "call_function" and node.target in (SEED, SEED.default)
 
 
 def specialize(template: fx.Graph, bodies: Sequence[BodyGraph | None]) -> fx.Graph:

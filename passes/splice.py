@@ -38,7 +38,8 @@ def splice(draft: Draft, *, target: Callable[[str], str], alpha: str, gate: str)
             anchor = _last_seed(value)
             if any(n.op == "call_module" and n.target == seed_name for n in _chain(value)):
                 continue
-            with graph.inserting_after(anchor):
+            # The arrays are read after the last placeholder; a seed on a placeholder comes after them.
+            with graph.inserting_after(arrays[gate] if anchor.op == "placeholder" else anchor):
                 seed = graph.call_module(seed_name, (anchor, arrays[alpha], arrays[gate]))
             anchor.replace_all_uses_with(seed, delete_user_cb=partial(operator.is_not, seed))
             seed.meta.update({key: value.meta[key] for key in ("stack_trace", "nn_module_stack") if key in value.meta})

@@ -70,4 +70,5 @@ def trace(draft: Draft) -> bool:
         name: [value.node if isinstance(value, fx.Proxy) else value for value in values]
         for name, values in tracer.outputs.items()
     }
+    draft.outputs[""] = [output.args[0]]
     return True

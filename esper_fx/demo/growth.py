@@ -11,10 +11,14 @@ import torch
 
 import esper_fx
 from esper_fx import Germination, KasminaSeed, MorphableModel, Stage
-from esper_fx.demo.record import Event, Record, Step
+from esper_fx.demo.record import Event, Record, Step, median_seconds
 from esper_fx.demo.task import DemoError, Labelled, Task, Trial, accuracy, loss, parameter_count
 
 _PATIENCE_S = 240.0
+_LAST_KERNELS_S = 90.0
+# On a machine too slow for the planned steps, fewer are trained: the demo has to end by itself.
+_TRIED_STEPS = 40
+_LEAST_STEPS = 200
 # Alpha while a growth incubates: low, so that the picture shows how it is blended in.
 _QUIET = 0.25
 
@@ -35,13 +39,24 @@ class Run:
     Args:
         task: What to train.
         steps: Training steps planned; those trained while a growth is compiled or blended in come on top.
+        limit_s: Seconds that the planned steps, and the comparison, may take; None is no limit.
         seed: Of the order of the training data.
         watcher: Is told of the progress.
         compiled: Whether to run through torch.compile.
     """
 
-    def __init__(self, task: Task, *, steps: int, seed: int, watcher: Watcher, compiled: bool = True) -> None:
+    def __init__(
+        self,
+        task: Task,
+        *,
+        steps: int,
+        seed: int,
+        watcher: Watcher,
+        limit_s: float | None = None,
+        compiled: bool = True,
+    ) -> None:
         self.task = task
+        self.limit_s = limit_s
         self._steps = self.planned = steps
         self.seed = seed
         self.watcher = watcher
@@ -74,23 +89,29 @@ class Run:
             self._step()
         return self.record
 
-    def train_without(self) -> float:
-        """Train the same network on the same batches without any growth; returns its accuracy on the test data."""
+    def train_without(self) -> None:
+        """Train the same network on the same batches as often without any growth, unless that would take too long."""
         net, batches = self._untouched, torch.Generator().manual_seed(self.seed)
         optimizer = torch.optim.AdamW(net.parameters(), lr=self.task.learning_rate)
         count = len(self.record.steps)
+        started = time.perf_counter()
         for index in range(count):
             inputs, classes = self.task.sample(batches)
             optimizer.zero_grad()
             torch.autograd.backward(loss(net(inputs), classes))
             optimizer.step()
             self.watcher.stepped(index + 1, count, "the same network without growth, to compare")
-        result = accuracy(net, self.task.test)
-        self.record.accuracies["without growth"] = result
-        return result
+            if index + 1 == _TRIED_STEPS and self.limit_s is not None:
+                needed = (time.perf_counter() - started) / _TRIED_STEPS * count
+                if needed > self.limit_s:
+                    self.watcher.say(f"the comparison without growth is left out: it would take {needed:.0f} s here")
+                    return
+        self.record.accuracies["without growth"] = accuracy(net, self.task.test)
 
     def _life(self) -> Iterator[None]:
         """The story; every `yield` is one training step."""
+        yield from self._train("as it is", _TRIED_STEPS)
+        self._shorten()
         yield from self._train("as it is", self._share(50) - len(self.record.steps))
         self._measure("before")
         self.model.reset_stats()
@@ -101,7 +122,11 @@ class Run:
         self._ask(f"fossilize {kept.blueprint}", kept, kept.fossilize)
         self._ask(f"prune {pruned.blueprint}", pruned, pruned.prune, kernels=True)
         yield from self._train("after growth", self._share(30))
-        yield from self._until(lambda: not self._unsettled, "after growth, last kernels on their way")
+        deadline = time.monotonic() + _LAST_KERNELS_S
+        yield from self._until(
+            lambda: not self._unsettled or time.monotonic() > deadline,
+            "after growth, the last kernels are on their way",
+        )
         self.record.marks["after"] = len(self.record.steps)
         yield from self._train("after growth", self._share(10))
         self._measure("after")
@@ -149,6 +174,14 @@ class Run:
         )
         self.watcher.say(f"step {len(self.record.steps):,}: keep {kept.blueprint}, prune {pruned.blueprint}")
         return kept, pruned
+
+    def _shorten(self) -> None:
+        if self.limit_s is None:
+            return
+        fitting = int(self.limit_s / median_seconds(self.record.steps[1:]))
+        if fitting < self._steps:
+            self._steps = self.planned = max(fitting, _LEAST_STEPS)
+            self.watcher.say(f"this machine is slow or busy: {self._steps:,} steps are planned instead of more")
 
     def _share(self, percent: int) -> int:
         return self._steps * percent // 100

@@ -72,9 +72,9 @@ def steps_per_second(steps: Sequence[Step]) -> float:
 
 
 def steady_steps(record: Record) -> list[Step]:
-    """The last steps before the first event: the network as it was."""
+    """The last steps before the first event: the network as it was. The first of all, which compiled, is not among them."""
     first = record.events[0].step if record.events else len(record.steps)
-    return record.steps[max(0, first - _STEADY) : first]
+    return record.steps[max(1, first - _STEADY) : first]
 
 
 def steady_seconds(record: Record) -> float:

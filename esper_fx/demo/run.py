@@ -17,6 +17,7 @@ from esper_fx.demo.text import text_task
 from esper_fx.demo.vision import digits_task
 
 _REFRESH_S = 0.2
+_LIMIT_S = 60.0
 
 
 def run_demo(
@@ -45,7 +46,8 @@ def run_demo(
     console.print(f"[bold]{task.title}[/bold]: {parameter_count(task.net):,} parameters", highlight=False)
     console.print(f"torch {torch.__version__}, {torch.get_num_threads()} threads", style="dim", highlight=False)
     with Screen(console) as screen:
-        run = Run(task, steps=task.steps if steps is None else steps, seed=seed, watcher=screen)
+        limit_s = _LIMIT_S if steps is None else None
+        run = Run(task, steps=steps or task.steps, seed=seed, watcher=screen, limit_s=limit_s)
         run.start()
         run.train()
         if control:

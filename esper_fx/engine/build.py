@@ -107,7 +107,7 @@ def compile_region(
 
 def annotate(module: fx.GraphModule, inputs: tuple[TensorMeta, ...]) -> tuple[TensorMeta, ...]:
     """Give every node a fake value and return what the graph's outputs are; the ambient state must be set."""
-    with _torch.FakeTensorMode():
+    with _torch.FakeTensorMode(allow_non_fake_inputs=True):
         propagate(module, [meta.empty() for meta in inputs])
     output = next(iter(reversed(module.graph.nodes)))
     values = [node.meta["example_value"] for node in output.args[0]]

@@ -13,9 +13,8 @@ from esper_fx.engine.build import Ambient
 from esper_fx.engine.region import Region, Variant, shared_template
 from esper_fx.passes import partition
 from esper_fx.passes.canonical import qualified_name
-from esper_fx.passes.propagate import freeze_numbers, propagate
+from esper_fx.passes.propagate import freeze_numbers, is_seed, propagate
 from esper_fx.passes.record import BodyGraph, TensorMeta
-from esper_fx.passes.specialize import is_seed
 
 if TYPE_CHECKING:
     from esper_fx.seed import KasminaSeed

@@ -17,8 +17,8 @@ from esper_fx.engine.build import Ambient
 from esper_fx.engine.plan import Assignment, Executable, Layout, Plan, Slot
 from esper_fx.engine.region import Variant
 from esper_fx.engine.service import Service, service
+from esper_fx.passes.propagate import is_seed
 from esper_fx.passes.record import BodyGraph, body_signature, record
-from esper_fx.passes.specialize import is_seed
 from esper_fx.settings import settings
 
 if TYPE_CHECKING:

@@ -111,7 +111,9 @@ def test_a_site_that_germinates_again_brings_new_parameters_without_the_old_ones
 
 def test_parameters_join_the_group_of_their_site() -> None:
     torch.manual_seed(0)
-    net = nn.ModuleDict({"a": nn.Sequential(nn.Linear(4, 4), nn.Tanh()), "b": nn.Sequential(nn.Linear(4, 4), nn.Tanh())})
+    net = nn.ModuleDict(
+        {"a": nn.Sequential(nn.Linear(4, 4), nn.Tanh()), "b": nn.Sequential(nn.Linear(4, 4), nn.Tanh())}
+    )
 
     class Both(nn.Module):
         def __init__(self) -> None:
@@ -150,7 +152,13 @@ def test_options_make_a_group_of_the_seeds_own() -> None:
 
 @pytest.mark.parametrize(
     ("when", "options"),  # a group of their own is made before any scheduler, as attach says
-    [("before", {}), ("after", {}), ("after germination", {}), ("after", {"lr": 0.05}), ("after germination", {"lr": 0.05})],
+    [
+        ("before", {}),
+        ("after", {}),
+        ("after germination", {}),
+        ("after", {"lr": 0.05}),
+        ("after germination", {"lr": 0.05}),
+    ],
 )
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_schedulers_made_before_or_after_keep_working(name: str, when: str, options: dict[str, float]) -> None:
@@ -168,7 +176,9 @@ def test_schedulers_made_before_or_after_keep_working(name: str, when: str, opti
         assert {id(p) for p in group["params"]}.issuperset(
             map(id, body_parameters(model, "1") if model.seeds["1"].body else [])
         )
-        assert [g["lr"] for g in optimizer.param_groups] == [g["lr"] for g in twin.param_groups][-len(optimizer.param_groups) :]
+        assert [g["lr"] for g in optimizer.param_groups] == [g["lr"] for g in twin.param_groups][
+            -len(optimizer.param_groups) :
+        ]
         step(model, optimizer, scheduler)
         twin.step()
         expected.step()

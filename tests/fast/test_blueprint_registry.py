@@ -41,7 +41,7 @@ def test_a_users_blueprint_is_found_by_its_name_and_stays_a_function() -> None:
     assert mine.function is zeros
     assert mine.fits(SITE) is None
     assert mine.fits(SiteSpec("a", (2, 9), torch.float32, torch.device("cpu"), 1)) == "too big"
-    assert blueprints.names() == ("bottleneck", "channel_gate", "depthwise_conv", "low_rank", "mine")
+    assert set(blueprints.names()) >= {"bottleneck", "channel_gate", "depthwise_conv", "low_rank", "mine"}
     assert isinstance(mine.build(SITE, {"width": 5}, seed=0), nn.Linear)
 
 
@@ -60,11 +60,10 @@ def test_an_unknown_name_lists_what_there_is_and_the_nearest() -> None:
     with pytest.raises(UnknownBlueprintError) as refusal:
         blueprints.get("lowrank")
     assert str(refusal.value) == (
-        "no blueprint is registered under 'lowrank': there are bottleneck, channel_gate, depthwise_conv, low_rank "
-        "(did you mean 'low_rank'?)"
+        f"no blueprint is registered under 'lowrank': there are {', '.join(blueprints.names())} (did you mean 'low_rank'?)"
     )
     assert isinstance(refusal.value, KeyError)
-    with pytest.raises(UnknownBlueprintError, match=r"low_rank$"):
+    with pytest.raises(UnknownBlueprintError, match=r"low_rank"):
         blueprints.get("zzz")
 
 

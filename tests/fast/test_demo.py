@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import sysconfig
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +16,17 @@ from rich.console import Console
 from esper_fx import BlueprintError, Germination, GerminationError, Stage
 from esper_fx.demo import growth, plot, report, text, vision
 from esper_fx.demo.growth import Run
-from esper_fx.demo.record import AFTER, Event, Record, Step, longest_step, smooth, steady_seconds, steps_per_second
+from esper_fx.demo.record import (
+    AFTER,
+    Event,
+    Record,
+    Step,
+    longest_step,
+    smooth,
+    steady_seconds,
+    steady_steps,
+    steps_per_second,
+)
 from esper_fx.demo.task import DemoError, Labelled, Task, accuracy, loss
 from tests.support.watchers import Notes
 
@@ -171,9 +183,36 @@ def test_the_comparison_starts_from_the_same_network_and_leaves_the_grown_one_al
     for name, value in run._untouched.state_dict().items():
         torch.testing.assert_close(value, again[name], rtol=0, atol=0)
     grown = {name: value.clone() for name, value in run.model.state_dict().items()}
-    assert 0 <= run.train_without() <= 1
+    run.train_without()
+    assert 0 <= run.record.accuracies["without growth"] <= 1
     for name, value in run.model.state_dict().items():
         torch.testing.assert_close(value, grown[name], rtol=0, atol=0, equal_nan=True)
+
+
+def test_on_a_slow_machine_fewer_steps_are_trained_and_the_comparison_is_left_out() -> None:
+    notes = Notes()
+    run = Run(smaller(vision.digits_task(0), 16), steps=10**9, seed=0, watcher=notes, limit_s=1e-9, compiled=False)
+    run.start()
+    run.train()
+    run.train_without()
+    assert len(run.record.steps) == 240  # the least number, and 20 steps for each of two blends
+    assert "without growth" not in run.record.accuracies
+    assert [line for line in notes.lines if "slow or busy: 200 steps" in line or "left out" in line] == [
+        notes.lines[1],
+        notes.lines[-1],
+    ]
+
+
+def test_the_time_of_a_request_counts_as_part_of_the_next_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(smaller(vision.digits_task(0), 16), steps=100, seed=0, watcher=Notes(), compiled=False)
+    ticking = itertools.count()
+    monkeypatch.setattr(growth, "time", SimpleNamespace(perf_counter=lambda: float(next(ticking))))
+    run.start()
+    event = run._ask("nothing", run.model.seeds["blocks.0"], lambda: None)
+    run._step()
+    run._step()
+    assert event.call_seconds == 1.0
+    assert [step.seconds for step in run.record.steps] == [1.0, 2.0, 1.0]
 
 
 def test_a_growth_that_is_refused_ends_the_demo_with_the_reason() -> None:
@@ -214,6 +253,7 @@ def test_the_longest_step_is_looked_for_around_its_event_only() -> None:
     assert longest_step(record, record.events[0]).seconds == 0.7
     assert longest_step(record, dataclasses.replace(record.events[0], settled=None)).seconds == 0.8
     assert steady_seconds(record) == 0.1
+    assert len(steady_steps(record)) == 99
 
 
 def test_throughput_counts_stalls() -> None:

@@ -16,6 +16,7 @@ import esper_fx
 import esper_fx.blueprints
 from esper_fx.errors import EsperError, LifecycleError
 from esper_fx.lifecycle import Stage
+from tests.support.examples import examples
 
 SITES = ("a", "b", "c")
 EMBARGO = 3
@@ -107,7 +108,12 @@ class Lives(RuleBasedStateMachine):
             [id(parameter) for parameter in self.optimizer.param_groups[0]["params"]],
         )
 
-    @rule(site=site_names, kind=st.sampled_from(KINDS), alpha=st.none() | st.sampled_from([0.0, 0.25]), trained=st.booleans())
+    @rule(
+        site=site_names,
+        kind=st.sampled_from(KINDS),
+        alpha=st.none() | st.sampled_from([0.0, 0.25]),
+        trained=st.booleans(),
+    )
     def germinate(self, site: str, kind: tuple[str, dict[str, Any]], alpha: float | None, trained: bool) -> None:
         blueprint, config = kind
         extra: dict[str, Any] = {} if alpha is None else {"alpha": alpha}
@@ -125,7 +131,10 @@ class Lives(RuleBasedStateMachine):
             expected.move(self.clock, "GERMINATING")
             expected.move(self.clock, "ACTIVE" if trained else "INCUBATING")
 
-    @rule(site=site_names, config=st.sampled_from([{"rank": 0}, {"wrong": 1}, {"rank": 2, "weights": {"no": torch.ones(1)}}]))
+    @rule(
+        site=site_names,
+        config=st.sampled_from([{"rank": 0}, {"wrong": 1}, {"rank": 2, "weights": {"no": torch.ones(1)}}]),
+    )
     def germinate_badly(self, site: str, config: dict[str, Any]) -> None:
         before = self._observed()
         with pytest.raises(EsperError):
@@ -271,7 +280,7 @@ class Lives(RuleBasedStateMachine):
 
 
 TestLives = Lives.TestCase
-TestLives.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)
+TestLives.settings = settings(examples(15), stateful_step_count=25)
 
 
 def test_a_failure_quarantines_the_seed_and_training_goes_on() -> None:

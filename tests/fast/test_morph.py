@@ -132,7 +132,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[Tensor, ...]]
     "sequential": (lambda: nn.Sequential(nn.Linear(4, 4), nn.ReLU(True), nn.Linear(4, 2)), vectors, "*"),
     "nested sequential": (lambda: nn.Sequential(nn.Sequential(nn.Linear(4, 4)), nn.Tanh()), vectors, "**"),
     "by type": (lambda: nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2)), vectors, nn.Linear),
-    "by node": (lambda: Tied(), vectors, lambda node: node.target is torch.tanh),
+    "by node": (Tied, vectors, lambda node: node.target is torch.tanh),
     "python root": (Branching, vectors, ["first.*", "second"]),
     "reads training": (ReadsTraining, vectors, "layer"),
     "child reads training": (Around, vectors, ["inner", "after"]),
@@ -147,9 +147,7 @@ def _state_of(net: nn.Module) -> dict[str, Any]:
         "modules": {name: (id(m), type(m), m.training, dict(m._forward_hooks)) for name, m in net.named_modules()},
         "tensors": {name: (id(t), t._version, t.requires_grad) for name, t in _tensors(net).items()},
         "grads": {name: id(p.grad) for name, p in net.named_parameters()},
-        "attributes": {
-            name: {key: id(value) for key, value in vars(m).items()} for name, m in net.named_modules()
-        },
+        "attributes": {name: {key: id(value) for key, value in vars(m).items()} for name, m in net.named_modules()},
     }
 
 
@@ -197,7 +195,9 @@ def test_the_original_is_left_alone(name: str, training: bool) -> None:
         net.blocks[0].eval()  # type: ignore[index,operator]
     before, values = _state_of(net), {key: value.clone() for key, value in net.state_dict().items()}
     random = torch.get_rng_state()
-    model = esper_fx.morph(net, sites=sites, example_inputs=inputs() if name != "transformer" else small_transformer().inputs)
+    model = esper_fx.morph(
+        net, sites=sites, example_inputs=inputs() if name != "transformer" else small_transformer().inputs
+    )
     assert _state_of(net) == before
     assert {key: module.training for key, module in net.named_modules()} == {
         key: module.training for key, module in model.named_modules() if not key.startswith("esper")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -18,9 +18,10 @@ from torch.overrides import get_overridable_functions
 from esper_fx import ops
 from esper_fx.passes import serialize
 from esper_fx.passes.canonical import canonical, digest, qualified_name
-from esper_fx.passes.propagate import freeze_numbers, propagate, storage_of
+from esper_fx.passes.propagate import SEED, freeze_numbers, is_seed, propagate, storage_of
 from esper_fx.passes.record import BodyGraph, TensorMeta, record
-from esper_fx.passes.specialize import SEED, is_seed, specialize
+from esper_fx.passes.specialize import specialize
+from tests.support.examples import examples
 
 OPERATORS = (torch.add, torch.sub, torch.mul, operator.add, ops.seed_output)
 CONSTANTS = (
@@ -98,6 +99,7 @@ steps_of = st.lists(
 # canonical
 
 
+@examples(50)
 @given(steps_of, st.lists(st.text("abcdef", min_size=3, max_size=6), min_size=2, max_size=8, unique=True))
 def test_renaming_nodes_and_constants_keeps_the_text(steps: tuple[Step, ...], names: list[str]) -> None:
     renamed, owner = build(steps, tuple(names))
@@ -128,6 +130,7 @@ def test_no_two_constants_read_alike(values: tuple[Any, ...]) -> None:
     assert len(set(texts)) == len(values)
 
 
+@examples(50)
 @given(steps_of)
 def test_leaving_out_a_step_an_output_or_an_input_changes_the_text(steps: tuple[Step, ...]) -> None:
     assert text(steps[:-1] or steps * 2) != text(steps)
@@ -259,19 +262,20 @@ def test_a_function_with_a_gradient_of_its_own_keeps_it_when_it_is_sent() -> Non
     assert torch.equal(value.grad, torch.full((3,), 0.25))  # type: ignore[arg-type]
 
 
-def test_constants_and_nested_graphs_are_sent_along() -> None:
+def test_constants_and_nested_graphs_are_sent_along_and_nested_functions_stay_whole() -> None:
     inner_graph = fx.Graph()
-    inner_graph.output(inner_graph.call_function(torch.mul, (inner_graph.placeholder("x"), 3.0)))
+    inner_x = inner_graph.placeholder("x")
+    inner_graph.output(inner_graph.call_function(ops.seed_input, (inner_x, inner_x, inner_x)))
     root = nn.Module()
     root.register_buffer("offset", torch.tensor([1.0, 2.0]))
     root.add_module("inner", fx.GraphModule(nn.Module(), inner_graph))
     graph = fx.Graph()
     x = graph.placeholder("x")
-    inner = graph.get_attr("inner")
-    tripled = graph.call_function(_apply, (inner, x))
-    graph.output((graph.call_function(torch.add, (tripled, graph.get_attr("offset")), {"alpha": 2}),))
+    same = graph.call_function(_apply, (graph.get_attr("inner"), x))
+    graph.output((graph.call_function(torch.add, (same, graph.get_attr("offset")), {"alpha": 2}),))
     back = serialize.loads(serialize.dumps(fx.GraphModule(root, graph)))
-    assert torch.equal(back(torch.ones(2))[0], torch.tensor([5.0, 7.0]))
+    assert [n.target for n in back.inner.graph.nodes if n.op == "call_function"] == [ops.seed_input]  # type: ignore[union-attr]
+    assert torch.equal(back(torch.ones(2))[0], torch.tensor([3.0, 5.0]))
 
 
 def _apply(function: Any, x: Tensor) -> Tensor:
@@ -287,7 +291,7 @@ def test_functions_of_every_kind_can_be_sent(function: Any) -> None:
     assert [n.target for n in back.graph.nodes if n.op == "call_function"] == [function]
 
 
-@settings(max_examples=30)
+@examples(30)
 @given(steps_of)
 def test_whatever_graph_there_is_comes_back_equal(steps: tuple[Step, ...]) -> None:
     def printable(index: int) -> int:  # torch.fx cannot print code with a function as an argument
@@ -352,7 +356,7 @@ def test_sizes_become_numbers_and_the_graph_computes_the_same() -> None:
         def forward(self, x: Tensor) -> Tensor:
             rows, columns = x.size(0), x.shape[1]
             y = x.reshape(rows * columns)[: rows * 2 - 1]
-            return y.reshape(1, rows * 2 - 1) * columns + x.size()[0]
+            return y.reshape(1, rows * 2 - 1) * columns + x.size()[0] + x.new_ones(x.size()).sum()
 
     traced, _ = _annotated(Net(), (3, 4))
     x = torch.randn(3, 4)
@@ -362,7 +366,18 @@ def test_sizes_become_numbers_and_the_graph_computes_the_same() -> None:
     traced.recompile()
     assert torch.equal(traced(x), expected)
     targets = [n.target for n in traced.graph.nodes if n.op not in ("placeholder", "output")]
-    assert targets == ["reshape", operator.getitem, "reshape", operator.mul, operator.add]
+    assert targets == [
+        "reshape",
+        operator.getitem,
+        "reshape",
+        operator.mul,
+        operator.add,
+        "new_ones",
+        "sum",
+        operator.add,
+    ]
+    (ones,) = [n for n in traced.graph.nodes if n.target == "new_ones"]
+    assert type(ones.args[1]) is tuple
     assert not freeze_numbers(traced.graph)
 
 
@@ -444,6 +459,21 @@ def test_live_seeds_compute_what_seed_forward_does(live: tuple[bool, bool], alph
     for body, mine in zip(bodies, tensors, strict=True):
         for parameter, twin in zip([] if body is None else body.parameters(), mine[2:], strict=True):
             torch.testing.assert_close(twin.grad, parameter.grad, rtol=1e-12, atol=1e-12)
+
+
+def test_a_silent_body_that_is_not_finite_leaves_no_trace() -> None:
+    class Bad(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return (x - x).sqrt() / 0.0
+
+    body = record(Bad(), TensorMeta((2, 4), (4, 1), torch.float32, torch.device("cpu"), True), training=True)
+    module = fx.GraphModule(nn.Module(), specialize(_template(), [body, None]))
+    x = torch.randn(2, 4, requires_grad=True)
+    sin, one = module(x, torch.tensor(0.0), torch.tensor(1.0))
+    assert torch.equal(one, x)
+    assert torch.equal(sin, torch.sin(x * 2.0))
+    one.sum().backward()
+    assert torch.equal(x.grad, torch.ones(2, 4))  # type: ignore[arg-type]
 
 
 def test_the_inputs_of_a_variant_are_the_templates_and_then_each_live_seeds() -> None:

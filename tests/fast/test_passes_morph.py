@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
@@ -20,6 +20,7 @@ from esper_fx.passes.find_sites import find_sites, glob_matches, no_match_messag
 from esper_fx.passes.pipeline import Draft, Pipeline
 from esper_fx.passes.splice import splice
 from esper_fx.passes.trace import TraceError, trace
+from tests.support.examples import examples
 from tests.support.networks import Description, assert_same, descriptions, run
 
 ALPHA, GATE = "esper.state.alpha", "esper.state.gate"
@@ -161,6 +162,7 @@ def test_a_star_stays_within_a_level_and_two_cross_levels(pattern: str, name: st
 names = st.lists(st.text("ab1_", min_size=1, max_size=3), min_size=1, max_size=4).map(".".join)
 
 
+@examples(50)
 @given(names)
 def test_a_name_matches_itself_and_two_stars_match_every_name(name: str) -> None:
     assert glob_matches(name, name)
@@ -169,6 +171,7 @@ def test_a_name_matches_itself_and_two_stars_match_every_name(name: str) -> None
     assert glob_matches(".".join("*" for _ in name.split(".")), name)
 
 
+@examples(50)
 @given(names, st.integers(0, 3))
 def test_one_star_stands_for_any_one_level(name: str, level: int) -> None:
     parts = name.split(".")
@@ -544,7 +547,7 @@ def test_check_says_what_is_wrong() -> None:
 # All together: a spliced model is the original.
 
 
-@settings(max_examples=40)
+@examples(20)
 @given(descriptions(), st.sampled_from(["layers.*", "**", "lambda"]))
 def test_a_spliced_network_is_bitwise_the_original_in_outputs_and_gradients(
     description: Description, sites: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable
 from functools import cache, partial
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -17,11 +18,13 @@ from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 
 from esper_fx.engine.build import Ambient
 from esper_fx.engine.plan import Executable, Layout, Plan
+from esper_fx.engine.region import Variant
 from esper_fx.passes import partition
 from esper_fx.passes.canonical import qualified_name
 from esper_fx.passes.propagate import Effects, propagate, storage_of
 from esper_fx.passes.record import TensorMeta, record
 from tests.support import programs
+from tests.support.examples import examples
 from tests.support.programs import Host, Instruction, instructions
 
 
@@ -50,7 +53,7 @@ def is_sum(node: fx.Node) -> bool:
 # Liveness and legality, against definitions written down independently.
 
 
-@settings(max_examples=60)
+@examples(20)
 @given(instructions())
 def test_live_values_are_those_made_before_and_read_after(program: tuple[Instruction, ...]) -> None:
     module, flow, _ = analysed(program)
@@ -61,7 +64,7 @@ def test_live_values_are_those_made_before_and_read_after(program: tuple[Instruc
         assert list(flow.live[cut]) == expected
 
 
-@settings(max_examples=60)
+@examples(20)
 @given(instructions())
 def test_no_cut_parts_a_mode_switch_crosses_a_tuple_or_comes_before_a_change_in_place(
     program: tuple[Instruction, ...],
@@ -205,7 +208,7 @@ def test_regions_are_neither_tiny_nor_huge_and_few_tensors_cross() -> None:
     assert all(len(flow.live[cut]) == 1 for cut in cuts[1:-1])
 
 
-@settings(max_examples=30)
+@examples(20)
 @given(
     block=st.lists(st.sampled_from([torch.sin, torch.cos, torch.relu, torch.neg]), min_size=5, max_size=9),
     times=st.integers(3, 7),
@@ -235,6 +238,26 @@ def test_equal_blocks_are_cut_alike(block: list[Any], times: int, before: list[A
     assert one_block
     assert len(contents) <= 3
     assert len(cuts) - 1 >= times - 1
+
+
+def test_what_repeats_in_the_network_repeats_in_the_plan() -> None:
+    block = [torch.sin, torch.cos, torch.tanh, torch.neg, torch.relu, torch.abs, torch.exp]
+
+    def build(
+        graph: fx.Graph, x: fx.Node
+    ) -> fx.Node:  # one value is live everywhere: only repetition tells where to cut
+        value = x
+        for function in [torch.sigmoid, torch.floor, *block * 8, torch.ceil]:
+            value = graph.call_function(function, (value,))
+        return value
+
+    flow, _ = annotated(_graph(build), [torch.randn(2, 4)])
+    labels = labels_of(flow)
+    cuts = partition.blocks(flow, labels)
+    contents = Counter(tuple(labels[a:b]) for a, b in itertools.pairwise(cuts))
+    ((content, times),) = contents.most_common(1)
+    assert times >= 6
+    assert len(content) == len(block)
 
 
 def test_labels_tell_operations_shapes_and_dtypes_apart() -> None:
@@ -295,7 +318,15 @@ def run_plan(layout: Layout, plan: Plan, args: list[Tensor], bodies: dict[int, S
     seeds: list[Any] = [
         StandIn(bodies[s.site], args[3][s.site], args[4][s.site]) if s.site in bodies else None for s in layout.slots
     ]
-    return Executable(plan, [variant.module for variant in variants], seeds)(args)
+    return Executable(plan, [partial(checked, variant) for variant in variants], seeds)(args)
+
+
+def checked(variant: Variant, *values: Tensor) -> Any:
+    """Run a variant as a kernel that was compiled for its inputs would, which must then be as announced."""
+    assert [TensorMeta.of(value) for value in values] == list(variant.inputs)
+    results = variant.module(*values)
+    assert [result.requires_grad for result in results] == list(variant.output_grads)
+    return results
 
 
 def gradients_of(outputs: Any, leaves: list[Tensor]) -> list[Tensor | None]:
@@ -304,7 +335,7 @@ def gradients_of(outputs: Any, leaves: list[Tensor]) -> list[Tensor | None]:
     return list(torch.autograd.grad(loss, leaves, allow_unused=True)) if loss.requires_grad else [None] * len(leaves)
 
 
-@settings(max_examples=50)
+@examples(20)
 @given(instructions(), st.tuples(st.booleans(), st.booleans(), st.booleans()), st.sets(st.integers(0, 2)))
 def test_the_regions_of_every_plan_compute_what_the_program_does(
     program: tuple[Instruction, ...], grad: tuple[bool, bool, bool], live: set[int]

@@ -61,7 +61,10 @@ def test_a_folder_may_be_a_string() -> None:
 @pytest.mark.parametrize(
     ("changes", "wording"),
     [
-        ({"wokers": 2}, r"there is no setting 'wokers'; did you mean 'workers'\?.*cache_dir, store, .*workers, worker_nice"),
+        (
+            {"wokers": 2},
+            r"there is no setting 'wokers'; did you mean 'workers'\?.*cache_dir, store, .*workers, worker_nice",
+        ),
         ({"zzz": 2}, r"there is no setting 'zzz'.*cache_dir, store, .*workers, worker_nice"),
         ({"workers": -1}, r"setting workers=-1: expected a (whole )?number from 0 to 256"),
         ({"workers": 1000}, r"setting workers=1000: expected a (whole )?number from 0 to 256"),

@@ -1,0 +1,42 @@
+"""The README's examples do what it says they do."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import esper_fx
+from esper_fx import Stage
+
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_the_first_example_grows_and_keeps_a_module(capsys: pytest.CaptureFixture[str]) -> None:
+    names: dict[str, Any] = {}
+    exec(EXAMPLES[0], names)
+    printed = capsys.readouterr().out.splitlines()
+    promised = next(block for block in README.split("```") if "kept by the user" in block).strip().splitlines()
+    assert [re.sub(r"\d+", "", line).split() for line in printed] == [
+        re.sub(r"\d+", "", line).split() for line in promised
+    ]
+    assert printed[-1] == "0 recompiles"
+    assert names["seed"].stage is Stage.FOSSILIZED
+    assert names["seed"].alpha == 1.0
+
+
+def test_the_example_of_a_blueprint_grows() -> None:
+    source = next(example for example in EXAMPLES if "@esper_fx.blueprint" in example)
+    exec(source, {"esper_fx": esper_fx, "torch": torch, "__name__": "readme"})
+    net = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Tanh())
+    x = torch.randn(4, 3)
+    model = esper_fx.morph(net, sites="0", example_inputs=(x,))
+    before = model(x)
+    model.seeds["0"].germinate("my_adapter", width=7)
+    assert model.seeds["0"].stage is Stage.INCUBATING
+    torch.testing.assert_close(model(x), before, rtol=0, atol=0)
+    assert sum(p.numel() for p in model.seeds["0"].body.parameters()) == 5 * 7 + 7 + 7 * 5 + 5
