@@ -270,6 +270,11 @@ class Growth:
         self._thread = threading.get_ident()
         self.begin_step()
 
+    def reset_stats(self) -> None:
+        """Begin to count anew."""
+        self.recompiles = self.swaps = 0
+        self.longest_host = self._host = 0.0
+
     def count_host_time(self, seconds: float) -> None:
         """Time that the engine itself took on the training thread in this step."""
         self._host += seconds

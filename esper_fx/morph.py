@@ -97,9 +97,7 @@ class MorphableModel(nn.Module):
 
     def reset_stats(self) -> None:
         """Begin to count anew what :meth:`stats` counts for this model; the caches' own statistics go on."""
-        growth = self.growth
-        growth.recompiles = growth.swaps = 0
-        growth.longest_host = 0.0
+        self.growth.reset_stats()
 
 
 def morph(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -71,7 +72,9 @@ class Attachment:
         def tick(*_: Any) -> None:
             target = growth()
             if target is not None:
+                started = time.perf_counter()
                 target.tick()
+                target.count_host_time(time.perf_counter() - started)
 
         self._hook = optimizer.register_step_post_hook(tick)
         model.growth.attachment = self

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,7 +73,7 @@ def whole(flow: Flow) -> list[int]:
     return [0, len(flow.nodes)]
 
 
-def blocks(flow: Flow, labels: Sequence[str]) -> list[int]:
+def blocks(flow: Flow, labels: Sequence[str], closing: Collection[str] = ()) -> list[int]:
     """Cut positions of the plan with many small regions, equal blocks cut alike.
 
     The narrowest cuts give the finest segments; the most frequent adjacent pair of segments is then merged again and again
@@ -83,6 +83,8 @@ def blocks(flow: Flow, labels: Sequence[str]) -> list[int]:
     Args:
         flow: The analysed graph.
         labels: For each operation a label that is equal for equal operations.
+        closing: Labels of operations after which a region ends wherever a cut is legal and narrow there: the seeds, so that
+            what a seed changes is its own block and not the next one too.
 
     Returns:
         Increasing positions, the first 0 and the last ``len(flow.nodes)``.
@@ -95,20 +97,20 @@ def blocks(flow: Flow, labels: Sequence[str]) -> list[int]:
         if max(b - a for a, b in zip(positions, positions[1:], strict=False)) <= MAX_OPERATIONS:
             break
     segments = [tuple(labels[a:b]) for a, b in zip(positions, positions[1:], strict=False)]
-    merged = _merge(segments)
+    merged = _merge(segments, closing)
     cuts = [0]
     for segment in merged:
         cuts.append(cuts[-1] + len(segment))
     return cuts
 
 
-def _merge(segments: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+def _merge(segments: list[tuple[str, ...]], closing: Collection[str]) -> list[tuple[str, ...]]:
     while len(segments) > 1:
         pairs = Counter[tuple[tuple[str, ...], tuple[str, ...]]]()
         i = 0
         candidates = list(zip(segments, segments[1:], strict=False))
         for pair in candidates:
-            if min(len(pair[0]), len(pair[1])) < MIN_OPERATIONS:
+            if pair[0][-1] not in closing and min(len(pair[0]), len(pair[1])) < MIN_OPERATIONS:
                 pairs[pair] += 1
         if not pairs:
             break

@@ -146,7 +146,8 @@ class Run:
         problem = germinations[0].exception()
         if problem is not None:
             raise DemoError(f"{name} did not come to life: {problem}") from problem
-        event.live, event.live_seconds = len(self.record.steps), time.perf_counter() - asked
+        # The step that has just ended was the first with the body, unless none was needed.
+        event.live, event.live_seconds = max(event.step, len(self.record.steps) - 1), time.perf_counter() - asked
         self.watcher.say(
             f"step {event.live:,}: {name} is live, {event.live_seconds:.1f} s and "
             f"{event.live - event.step:,} steps later"

@@ -80,7 +80,8 @@ class Layout:
             labels = [
                 partition.label(node, lambda t: t if isinstance(t, str) else qualified_name(t)) for node in flow.nodes
             ]
-            cuts = partition.blocks(flow, labels)
+            closing = {label for label, node in zip(labels, flow.nodes, strict=True) if is_seed(node)}
+            cuts = partition.blocks(flow, labels, closing)
             if len(cuts) > 2:
                 self.plans.append(self._plan("blocks", cuts, flow, ambient))
 

@@ -22,6 +22,10 @@ def test_the_text_demo_grows_without_a_recompile() -> None:
     assert stats.recompiles == 0
     assert stats.kernels_compiled + stats.kernels_loaded > 0
     assert [event.live is not None for event in record.events if event.what.startswith("germinate")] == [True, True]
+    for index, event in enumerate(event for event in record.events if event.live is not None):
+        assert event.live is not None
+        assert {step.alphas[index] for step in record.steps[: event.live]} == {0.0}
+        assert record.steps[event.live].alphas[index] == 0.25
     assert Stage.FOSSILIZED in {seed.stage for seed in run.model.seeds.values()}
     assert len(run.model.morphology) == 1
     assert record.accuracies["after"] > 0.2

@@ -44,6 +44,7 @@ def test_an_old_python_fails(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("version", "status"),
     [
+        ("2.9.1", Status.FAIL),
         ("2.10.1", Status.FAIL),
         ("2.11.0", Status.OK),
         ("2.13.0+cpu", Status.OK),

@@ -87,17 +87,13 @@ class Lives(RuleBasedStateMachine):
 
     # What a user does.
 
-    def _ask(self, site: str, verb: str, action: Any) -> bool:
-        """Do it; returns whether it was legal. What is illegal must be refused and change nothing."""
-        expected, seed = self.expected[site], self.model.seeds[site]
-        if expected.stage in ALLOWED[verb]:
-            action(seed)
-            return True
-        before = self._observed()
-        with pytest.raises(LifecycleError, match=f"the seed at '{site}' is {expected.stage} and cannot become"):
-            action(seed)
-        assert self._observed() == before
-        return False
+    def _may(self, verb: str) -> list[str]:
+        """The sites at which it is legal now."""
+        return [site for site, expected in self.expected.items() if expected.stage in ALLOWED[verb]]
+
+    def _choose(self, data: st.DataObject, verb: str) -> tuple[esper_fx.KasminaSeed, Expected]:
+        site = data.draw(st.sampled_from(self._may(verb)), label="site")
+        return self.model.seeds[site], self.expected[site]
 
     def _observed(self) -> Any:
         seeds = self.model.seeds.values()
@@ -108,28 +104,30 @@ class Lives(RuleBasedStateMachine):
             [id(parameter) for parameter in self.optimizer.param_groups[0]["params"]],
         )
 
+    @precondition(lambda self: self._may("germinate"))
     @rule(
-        site=site_names,
+        data=st.data(),
         kind=st.sampled_from(KINDS),
         alpha=st.none() | st.sampled_from([0.0, 0.25]),
         trained=st.booleans(),
     )
-    def germinate(self, site: str, kind: tuple[str, dict[str, Any]], alpha: float | None, trained: bool) -> None:
+    def germinate(
+        self, data: st.DataObject, kind: tuple[str, dict[str, Any]], alpha: float | None, trained: bool
+    ) -> None:
+        seed, expected = self._choose(data, "germinate")
         blueprint, config = kind
         extra: dict[str, Any] = {} if alpha is None else {"alpha": alpha}
         if trained:
-            site_spec = self.model.seeds[site].site
-            fresh = esper_fx.blueprints.get(blueprint).build(site_spec, config, seed=1)
+            fresh = esper_fx.blueprints.get(blueprint).build(seed.site, config, seed=1)
             extra["weights"] = {name: torch.full_like(value, 0.25) for name, value in fresh.state_dict().items()}
-        if self._ask(site, "germinate", lambda seed: seed.germinate(blueprint, **extra, **config)):
-            expected = self.expected[site]
-            expected.kind = kind
-            expected.germinations += 1
-            expected.alpha = alpha if alpha is not None else 1.0 if trained else 0.5
-            expected.gate = 1.0 if trained else 0.0
-            expected.blend = None
-            expected.move(self.clock, "GERMINATING")
-            expected.move(self.clock, "ACTIVE" if trained else "INCUBATING")
+        seed.germinate(blueprint, **extra, **config)
+        expected.kind = kind
+        expected.germinations += 1
+        expected.alpha = alpha if alpha is not None else 1.0 if trained else 0.5
+        expected.gate = 1.0 if trained else 0.0
+        expected.blend = None
+        expected.move(self.clock, "GERMINATING")
+        expected.move(self.clock, "ACTIVE" if trained else "INCUBATING")
 
     @rule(
         site=site_names,
@@ -141,32 +139,52 @@ class Lives(RuleBasedStateMachine):
             self.model.seeds[site].germinate("low_rank", **config)
         assert self._observed() == before
 
+    @precondition(lambda self: self._may("blend"))
     @rule(
-        site=site_names,
+        data=st.data(),
         to=st.sampled_from([0.0, 0.5, 1.0, -1.0]),
         steps=st.integers(0, 4),
         schedule=st.sampled_from(["linear", "cosine", "constant"]),
     )
-    def blend(self, site: str, to: float, steps: int, schedule: str) -> None:
-        if self._ask(site, "blend", lambda seed: seed.blend(to=to, steps=steps, schedule=schedule)):
-            expected = self.expected[site]
-            expected.blend = (expected.alpha, to, steps, self.clock, schedule)
-            expected.gate = 1.0
-            expected.move(self.clock, "BLENDING")
+    def blend(self, data: st.DataObject, to: float, steps: int, schedule: str) -> None:
+        seed, expected = self._choose(data, "blend")
+        seed.blend(to=to, steps=steps, schedule=schedule)
+        expected.blend = (expected.alpha, to, steps, self.clock, schedule)
+        expected.gate = 1.0
+        expected.move(self.clock, "BLENDING")
 
-    @rule(site=site_names)
-    def fossilize(self, site: str) -> None:
-        if self._ask(site, "fossilize", lambda seed: seed.fossilize()):
-            self.expected[site].move(self.clock, "FOSSILIZED")
+    @precondition(lambda self: self._may("fossilize"))
+    @rule(data=st.data())
+    def fossilize(self, data: st.DataObject) -> None:
+        seed, expected = self._choose(data, "fossilize")
+        seed.fossilize()
+        expected.move(self.clock, "FOSSILIZED")
 
-    @rule(site=site_names)
-    def prune(self, site: str) -> None:
-        if self._ask(site, "prune", lambda seed: seed.prune()):
-            expected = self.expected[site]
-            expected.alpha = expected.gate = 0.0
-            expected.blend = expected.kind = None
-            expected.until = self.clock + EMBARGO
-            expected.move(self.clock, "EMBARGOED")
+    @precondition(lambda self: self._may("prune"))
+    @rule(data=st.data())
+    def prune(self, data: st.DataObject) -> None:
+        seed, expected = self._choose(data, "prune")
+        seed.prune()
+        expected.alpha = expected.gate = 0.0
+        expected.blend = expected.kind = None
+        expected.until = self.clock + EMBARGO
+        expected.move(self.clock, "EMBARGOED")
+
+    @rule()
+    def everything_illegal_is_refused_and_changes_nothing(self) -> None:
+        before = self._observed()
+        actions: dict[str, Any] = {
+            "germinate": lambda seed: seed.germinate("low_rank"),
+            "blend": lambda seed: seed.blend(),
+            "fossilize": lambda seed: seed.fossilize(),
+            "prune": lambda seed: seed.prune(),
+        }
+        for verb, action in actions.items():
+            for site in set(SITES) - set(self._may(verb)):
+                wording = f"the seed at '{site}' is {self.expected[site].stage} and cannot become"
+                with pytest.raises(LifecycleError, match=wording):
+                    action(self.model.seeds[site])
+        assert self._observed() == before
 
     @rule(steps=st.integers(1, 4))
     def train(self, steps: int) -> None:
