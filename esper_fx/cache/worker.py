@@ -64,10 +64,24 @@ def _serve(request_fd: int, reply_fd: int) -> None:
 
     nice, search_path, warm = requests.get()
     os.nice(nice)
+    _lower_session(nice)
     _send(reply_fd, _run(warm, b"", search_path) if warm is not None else ("done", b"", 0.0, 0.0))
     while True:
         target, payload, search_path = requests.get()
         _send(reply_fd, _run(target, payload, search_path))
+
+
+def _lower_session(nice: int) -> None:
+    """Make the niceness count against other sessions.
+
+    Linux with autogroups (sched(7)) shares the processors out between sessions first, and compares niceness only within
+    one. A worker has a session of its own, so without this it would take half of a busy training loop's processors.
+    """
+    try:
+        with open("/proc/self/autogroup", "w") as group:
+            group.write(str(nice))
+    except OSError:  # another system, or a kernel without autogroups: niceness counts as it is
+        return
 
 
 def _read_requests(request_fd: int, parent: int, requests: queue.SimpleQueue[Any]) -> None:
