@@ -126,7 +126,7 @@ def morph(
     if not isinstance(net, nn.Module):
         raise MorphError(f"morph() needs an nn.Module, not a {type(net).__name__}")
     if isinstance(net, MorphableModel) or any(isinstance(m, KasminaSeed) for m in net.modules()):
-        raise MorphError(f"{type(net).__name__} is morphed already; call unmorph() first, or morph the original")
+        raise MorphError(f"{type(net).__name__} is morphed already; morph the original instead")
     taken = [name for name in (NAMESPACE, *_RESERVED) if hasattr(net, name)]
     if taken:
         raise MorphError(f"{type(net).__name__} has attributes of its own called {', '.join(taken)}; rename them first")

@@ -44,7 +44,7 @@ class _Annotator(fx.Interpreter):
         tensors = [leaf for leaf in pytree.tree_leaves(operands) if isinstance(leaf, Tensor)]
         versions = [_version(tensor) for tensor in tensors]
         # A dormant seed hands its input through: what changes the one in place changes the other.
-        value = self.env[n.args[0]] if is_seed(n) else super().run_node(n)
+        value = self.env[n.all_input_nodes[0]] if is_seed(n) else super().run_node(n)
         changed = {storage_of(t) for t, v in zip(tensors, versions, strict=True) if _version(t) != v}
         if changed:
             self.effects.mutations[n] = changed

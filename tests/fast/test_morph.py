@@ -500,7 +500,7 @@ def test_a_model_already_morphed(part: str) -> None:
     refused(
         MorphError,
         ValueError,
-        r"is morphed already; call unmorph\(\) first, or morph the original",
+        r"is morphed already; morph the original instead",
         lambda: esper_fx.morph(again, sites="0"),
     )
     esper_fx.morph(net, sites="0")  # the original can be morphed again
