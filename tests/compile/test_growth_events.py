@@ -119,7 +119,7 @@ def _run(example: models.Example, sites: list[str], events: int, seed: int) -> d
                     done = _random_event(rng, rng.choice(list(model.seeds.values())))
                     if done is not None:
                         counts[done] = counts.get(done, 0) + 1
-                if rng.random() < 0.5:
+                if rng.random() < 0.2:
                     assert model.settle(300)
                 _check_step(fast, model, example)
                 optimizer.step()
