@@ -466,7 +466,7 @@ def _validate_once(kind: blueprints.Blueprint, body: nn.Module, site: SiteSpec, 
 
     The blueprints of this package are checked by its tests, so that germinating one costs the training thread less.
     """
-    if kind.function.__module__.startswith("esper_fx.blueprints."):
+    if (kind.function.__module__ or "").startswith("esper_fx.blueprints."):
         return
     what = (kind.function, kind.config_key(config), site.shape, site.dtype, site.device, site.feature_dim)
     if what not in _validated:
