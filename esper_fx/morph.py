@@ -141,7 +141,8 @@ def morph(
             no_match_message(sites, filter(None, (_join(s, n) for s, d in drafts.items() for n in d.outputs)))
         )
     growth = Growth(KasminaStateLayout(len(names), names=names), seed)
-    growth.by_index = [KasminaSeed(name, i, growth, _find_module(root, name)) for i, name in enumerate(names)]
+    modules = dict(root.named_modules())
+    growth.by_index = [KasminaSeed(name, i, growth, modules.get(name)) for i, name in enumerate(names)]
     growth.seeds = {item.name: item for item in growth.by_index}
     growth.state.to(next((t.device for t in (*net.parameters(), *net.buffers())), torch.device("cpu")))
     branch = _branch(growth)
@@ -224,10 +225,6 @@ def _why_not(module: nn.Module) -> str:
     except TraceError as error:
         return str(error)
     return "it has no operations"
-
-
-def _find_module(root: nn.Module, name: str) -> nn.Module | None:
-    return dict(root.named_modules()).get(name)
 
 
 def _branch(growth: Growth) -> nn.Module:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from esper_fx import _torch, blueprints, ops
 from esper_fx.errors import SiteError
-from esper_fx.lifecycle import HAS_BODY, Stage
+from esper_fx.lifecycle import Stage
 from esper_fx.site import SiteSpec
 
 if TYPE_CHECKING:
@@ -238,10 +238,6 @@ class KasminaSeed(nn.Module):
         self.blueprint = blueprint
         self.config = dict(config)
         self.recorded = {}
-
-    def has_body(self) -> bool:
-        """Whether the seed's stage is one in which the body computes."""
-        return self.stage in HAS_BODY
 
     def extra_repr(self) -> str:
         return f"site={self.name!r}, stage={self.stage.name}"
