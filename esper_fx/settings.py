@@ -48,7 +48,7 @@ class Settings:
     store: bool = True
     store_bytes: int = 8 << 30
     workers: int = 1
-    worker_nice: int = 8
+    worker_nice: int = 4
     worker_threads: int = 1
     job_timeout: float = 600.0
     max_entries: int = 256

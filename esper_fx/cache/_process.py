@@ -82,8 +82,8 @@ class WorkerProcess:
         """Lets the worker run ``warm`` and returns its reply to that; errors as in ``call``. Comes before any call."""
         return self._exchange(self._greeting, timeout)
 
-    def call(self, target: str, payload: bytes, timeout: float | None) -> tuple[Any, ...]:
-        """Runs a job and returns the worker's reply, as ``worker._run`` describes it.
+    def call(self, target: str, payload: bytes, timeout: float | None, *, urgent: bool) -> tuple[Any, ...]:
+        """Runs a job and returns the worker's reply, as ``worker._run`` describes it; ``urgent`` as ``Job`` has it.
 
         Raises:
             WorkerDiedError: The process ended first.
@@ -91,7 +91,7 @@ class WorkerProcess:
         """
         self._log.seek(0)  # parent and child share one file offset
         self._log.truncate()
-        return self._exchange((target, payload, _search_path()), timeout)
+        return self._exchange((target, payload, _search_path(), urgent), timeout)
 
     def output(self) -> str:
         """The last of what the worker has printed since its latest job began."""

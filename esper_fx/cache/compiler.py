@@ -71,7 +71,7 @@ class KernelCompiler:
         self,
         *,
         workers: int = 1,
-        nice: int = 8,
+        nice: int = 4,
         threads: int = 1,
         environment: Mapping[str, str] = MappingProxyType({}),
         warm: str | None = None,
@@ -237,7 +237,7 @@ class KernelCompiler:
         for attempt in range(_ATTEMPTS):
             try:
                 worker = self._living(worker)
-                reply = worker.call(job.target, job.payload, self._job_timeout)
+                reply = worker.call(job.target, job.payload, self._job_timeout, urgent=job.urgent)
             except Exception as error:
                 self._retire(worker)
                 worker = None

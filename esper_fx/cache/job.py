@@ -14,7 +14,8 @@ class Job:
     Attributes:
         target: ``"package.module:function"``, importable in a fresh interpreter; the function maps bytes to bytes.
         payload: Its argument.
-        priority: Lower is more urgent; jobs of equal priority run first in, first out.
+        priority: Lower is more urgent; jobs of equal priority run first in, first out. Above 0 is background work: a
+            job that nobody waits for, which takes a smaller share of processors that a training loop keeps busy.
     """
 
     target: str
@@ -23,6 +24,11 @@ class Job:
 
     def __post_init__(self) -> None:
         check_target(self.target)
+
+    @property
+    def urgent(self) -> bool:
+        """Whether somebody waits for it."""
+        return self.priority <= 0
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ with it, comes in when a job's target imports it.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import pickle
@@ -24,6 +25,9 @@ _HEADER = struct.Struct(">Q")
 _CHUNK = 1 << 20
 # How often a worker looks whether its parent still lives, should something else hold the parent's end of the pipe open.
 _PARENT_POLL_MS = 1000
+# While all processors are taken, a worker runs for so many seconds and then stands still for so many; see _pace.
+_RHYTHMS = {b"u": (0.003, 0.006), b"b": (0.002, 0.010)}
+_URGENT, _BACKGROUND, _REST = b"u", b"b", b"r"
 
 
 def pack(message: object) -> bytes:
@@ -58,6 +62,7 @@ def _read_exactly(read: Callable[[int], bytes], count: int) -> bytes:
 def _serve(request_fd: int, reply_fd: int) -> None:
     for descriptor in (request_fd, reply_fd):
         os.set_inheritable(descriptor, False)  # or a child of a job would hold the pipe open after this process died
+    pacer_fd = _start_pacer(request_fd, reply_fd)
     requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
     parent = os.getppid()
     threading.Thread(target=_read_requests, args=(request_fd, parent, requests), name="requests", daemon=True).start()
@@ -65,10 +70,79 @@ def _serve(request_fd: int, reply_fd: int) -> None:
     nice, search_path, warm = requests.get()
     os.nice(nice)
     _lower_session(nice)
-    _send(reply_fd, _run(warm, b"", search_path) if warm is not None else ("done", b"", 0.0, 0.0))
+    target, payload, urgent = warm, b"", False
     while True:
-        target, payload, search_path = requests.get()
-        _send(reply_fd, _run(target, payload, search_path))
+        _tell(pacer_fd, _URGENT if urgent else _BACKGROUND)
+        reply = ("done", b"", 0.0, 0.0) if target is None else _run(target, payload, search_path)
+        _tell(pacer_fd, _REST)
+        _send(reply_fd, reply)
+        target, payload, search_path, urgent = requests.get()
+
+
+def _start_pacer(*held: int) -> int | None:
+    """Forks the process that paces this one's jobs; returns the pipe that tells it of them, None where there is none.
+
+    Args:
+        held: Descriptors that the pacer must not keep open.
+    """
+    if not sys.platform.startswith("linux") or os.getpgrp() != os.getpid():
+        return None
+    read_fd, write_fd = os.pipe()
+    if os.fork():
+        os.close(read_fd)
+        return write_fd
+    try:
+        for descriptor in (*held, write_fd):
+            os.close(descriptor)
+        os.setsid()  # what stops the worker must not stop its pacer, nor its low priority delay it
+        _pace(os.getppid(), read_fd)
+    finally:
+        os._exit(0)
+
+
+def _pace(group: int, jobs_fd: int) -> None:
+    """Lets a process group stand still between short runs, while there are more runnable threads than processors.
+
+    A low priority alone keeps a worker's *share* small, not its harm. The threads of a training step wait for each
+    other; where Linux puts two of them on one processor and the worker on the other, a step takes twice its time, and
+    that lasts, as each processor is busy. A processor that falls idle takes a waiting thread over at once, so every
+    pause puts the training threads back on a processor each, and between pauses there is no time to lose much.
+
+    Args:
+        group: The process group to pace; its leader is this process's parent.
+        jobs_fd: Brings a byte when a job begins and when it ends. Its end is the end of the pacer.
+    """
+    processors = len(os.sched_getaffinity(0))
+    poll = select.poll()
+    poll.register(jobs_fd, select.POLLIN)
+    rhythm = None
+    while True:
+        if poll.poll(rhythm and rhythm[0] * 1e3):
+            news = os.read(jobs_fd, 64)
+            if not news:
+                return
+            rhythm = _RHYTHMS.get(news[-1:])
+        elif rhythm and _runnable() > processors:
+            os.killpg(group, signal.SIGSTOP)
+            try:
+                time.sleep(rhythm[1])
+            finally:
+                os.killpg(group, signal.SIGCONT)
+
+
+def _runnable() -> int:
+    """Threads that run or wait for a processor, on the whole machine, this one not counted; 0 where Linux hides it."""
+    try:
+        with open("/proc/loadavg", "rb") as load:
+            return int(load.read().split()[3].partition(b"/")[0]) - 1
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+def _tell(pacer_fd: int | None, news: bytes) -> None:
+    if pacer_fd is not None:
+        with contextlib.suppress(OSError):  # the pacer is gone: nobody to tell
+            os.write(pacer_fd, news)
 
 
 def _lower_session(nice: int) -> None:
