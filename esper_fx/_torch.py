@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 __all__ = [
     "CHANNEL_FIRST_LAYERS",
+    "CPU_ATTENTION",
     "FUNCTION_HOLDERS",
     "SET_GRAD_ENABLED",
     "DataDependentOutputException",
@@ -27,10 +28,14 @@ __all__ = [
     "OpOverload",
     "OpOverloadPacket",
     "pytree",
+    "storage_id",
 ]
 
 #: What a graph holds where the grad mode is switched.
 SET_GRAD_ENABLED = torch._C._set_grad_enabled
+
+#: The fused attention that CPU tensors take.
+CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 #: Modules that hold PyTorch's functions, the public ones first.
 FUNCTION_HOLDERS = (
@@ -56,6 +61,12 @@ CHANNEL_FIRST_LAYERS: tuple[type[nn.Module], ...] = (
     nn.modules.instancenorm._InstanceNorm,
     nn.GroupNorm,
 )
+
+
+def storage_id(tensor: torch.Tensor) -> int:
+    """What tells the memory of tensors apart while they live, also of tensors without data."""
+    return int(tensor.untyped_storage()._cdata)
+
 
 BACKEND_NAME = "esper"
 

@@ -37,6 +37,34 @@ def fits_features(site: SiteSpec) -> str | None:
     return None
 
 
+def fits_map(site: SiteSpec) -> str | None:
+    """Why `same_conv` cannot work at this site, or None if it can."""
+    if not site.dtype.is_floating_point:
+        return f"its dtype is {site.dtype}, expected a floating one"
+    if not (site.is_channel_first and site.ndim in _CONVOLUTIONS):
+        return (
+            f"its shape is {list(site.shape)} with features in dimension {site.feature_dim}, "
+            "expected a map [N, C, *] with 3 to 5 dimensions"
+        )
+    return None
+
+
+def same_conv(site: SiteSpec, inputs: int, outputs: int, kernel_size: int, *, groups: int = 1) -> nn.Module:
+    """A convolution with a bias over all dimensions after the channels; a map ``[N, C, *]`` keeps its size."""
+    return _CONVOLUTIONS[site.ndim](inputs, outputs, kernel_size, padding="same", groups=groups)
+
+
+def check_kernel_size(blueprint: str, kernel_size: int) -> None:
+    """Refuse anything but odd whole numbers from 1.
+
+    Raises:
+        BlueprintError: Naming the value.
+    """
+    check_positive(blueprint, kernel_size=kernel_size)
+    if kernel_size % 2 == 0:
+        raise BlueprintError(f"kernel_size={kernel_size!r} for blueprint {blueprint!r}: expected an odd number")
+
+
 def pointwise(site: SiteSpec, inputs: int, outputs: int, *, bias: bool) -> nn.Module:
     """A linear map of the feature dimension: `nn.Linear` on ``[*, D]``, a 1x1 convolution on ``[N, C, *]``."""
     if site.is_channel_first:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import inspect
 from collections.abc import Callable, Hashable, Iterator, Mapping
@@ -13,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from esper_fx.blueprints.cost import Cost, measure
 from esper_fx.errors import BlueprintError, UnknownBlueprintError
 from esper_fx.site import SiteSpec
 
@@ -118,6 +120,26 @@ class Blueprint:
             )
         with torch.inference_mode(False):
             return body.to(site.device, site.dtype)
+
+    def cost(self, site: SiteSpec, **config: Any) -> Cost:
+        """What one forward of the body costs at a site. It is built on the CPU and run on tensors without data.
+
+        Args:
+            site: Where the body would sit; the costs are for its whole shape, batch included.
+            **config: Parameters for the blueprint.
+
+        Raises:
+            BlueprintError: As in ``build``, or if the body does not run on a value of the site's shape.
+        """
+        site = dataclasses.replace(site, device=torch.device("cpu"))
+        body = self.build(site, config, seed=0)
+        try:
+            return measure(body, site)
+        except Exception as error:
+            raise BlueprintError(
+                f"the body of blueprint {self.name!r} fails at site {site.name!r} {list(site.shape)}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
 
     def _freeze(self, name: str, value: Any) -> Hashable:
         kind = type(value).__name__

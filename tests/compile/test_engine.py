@@ -87,6 +87,47 @@ def test_equal_blocks_share_kernels_and_an_equal_change_compiles_nothing() -> No
     assert after.compiles == before.compiles
 
 
+@pytest.mark.parametrize(
+    ("example", "grow"),
+    [
+        (
+            models.transformer(vocabulary=32, width=16, depth=4, heads=2, tokens=8, batch=2),
+            {
+                "blocks.0": ("gated_mlp", {"width": 6}),
+                "blocks.1": ("attention", {"heads": 2}),
+                "blocks.2": ("affine", {}),
+                "blocks.3": ("sequence", {"parts": ["affine", ("low_rank", {"rank": 2})]}),
+            },
+        ),
+        (
+            models.residual_cnn(channels=(8,), blocks_per_stage=3, size=8, batch=4),
+            {"blocks.0": ("conv", {}), "blocks.1": ("attention", {"heads": 2}), "blocks.2": ("gated_mlp", {})},
+        ),
+    ],
+    ids=["tokens", "maps"],
+)
+def test_every_wider_blueprint_computes_and_learns_as_in_eager_float64(
+    example: models.Example, grow: dict[str, tuple[str, dict[str, Any]]]
+) -> None:
+    model = esper_fx.morph(example.model, sites="blocks.*", example_inputs=example.inputs)
+    fast = torch.compile(model, backend="esper")
+    fast(*example.inputs)
+    germinations = [model.seeds[site].germinate(name, **config) for site, (name, config) in grow.items()]
+    assert all(germination.wait(300) for germination in germinations)
+    for site in grow:
+        for parameter in model.seeds[site].body.parameters():
+            nn.init.normal_(parameter, std=0.2)
+        model.seeds[site].blend(to=0.7, steps=0)
+    fast(*example.inputs)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        compiled = _gradients(model, lambda: example.loss(fast(*example.inputs)))
+    exact = copy.deepcopy(model).double()
+    inputs = [x.double() if x.is_floating_point() else x for x in example.inputs]
+    expected = _gradients(exact, lambda: example.loss(exact(*inputs)))
+    assert any(name.startswith("esper.seeds.") for name in compiled)
+    _assert_close(compiled, {name: gradient.float() for name, gradient in expected.items()})
+
+
 def test_training_and_evaluation_programs_switch_together() -> None:
     example = _small()
     model = esper_fx.morph(example.model, sites="blocks.*", example_inputs=example.inputs)

@@ -397,7 +397,7 @@ TOKENS, IMAGE = site_of((2, 5, 8), 2), site_of((2, 8, 4, 4), 1)
             TOKENS,
             {},
             "blueprint 'depthwise_conv' does not fit site 'layers.3': its shape is [2, 5, 8] with features in "
-            "dimension 2, expected [N, C, H, W]",
+            "dimension 2, expected a map [N, C, *] with 3 to 5 dimensions",
         ),
         (
             "low_rank",

@@ -29,7 +29,14 @@ ALLOWED = {
     ),
     "esper_fx.cache": ("platformdirs", "cachetools", "filelock", "esper_fx.cache", "esper_fx.errors"),
     "esper_fx.kernels": ("torch", "triton", "esper_fx.kernels", "esper_fx.errors"),
-    "esper_fx.blueprints": ("torch", "esper_fx.blueprints", "esper_fx.errors", "esper_fx.site", "esper_fx.ops"),
+    "esper_fx.blueprints": (
+        "torch",
+        "esper_fx.blueprints",
+        "esper_fx.errors",
+        "esper_fx.site",
+        "esper_fx.ops",
+        PRIVATE_TORCH_HOME,
+    ),
     "esper_fx.lifecycle": ("esper_fx.errors",),
     "esper_fx.errors": (),
 }
