@@ -39,7 +39,8 @@ def measure(body: nn.Module, site: SiteSpec) -> Cost:
         site: Where it sits.
     """
     mode = FakeTensorMode()
-    tensors = {name: mode.from_tensor(t) for name, t in (*body.named_parameters(), *body.named_buffers())}
+    real = (*body.named_parameters(), *body.named_buffers())
+    tensors: dict[str, Tensor] = {name: mode.from_tensor(tensor) for name, tensor in real}
     kept: dict[int, int] = {}
     held: list[Tensor] = []  # so that no later storage gets the identity of a freed one
 
