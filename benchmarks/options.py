@@ -14,7 +14,7 @@ class Options:
 
     Attributes:
         models: Which of the two models, in this order.
-        quick: Few rounds and one repetition: to see that it runs, not for figures to report.
+        quick: Few rounds: to see that it runs, not for figures to report.
         seed: Of the models, the data and the order of sides.
     """
 

@@ -8,7 +8,6 @@ from time import perf_counter
 from typing import Any
 
 from benchmarks import child, training
-from benchmarks.harness import median
 from benchmarks.options import Options
 from benchmarks.report import Bar, Report, Row
 
@@ -20,19 +19,17 @@ MOST_STEPS = 5000
 def run(options: Options) -> Report:
     """Cold; warm with both caches; warm with Inductor's own cache emptied, so that only our store helps."""
     report = Report("restart")
-    repetitions = 1 if options.quick else 2
     for name in options.models:
-        runs: dict[str, list[dict[str, Any]]] = {}
-        for _ in range(repetitions):
-            for side in ("esper", "plain"):
-                _cold_and_warm(runs, name, side, options.seed)
+        runs: dict[str, dict[str, Any]] = {}
+        for side in ("esper", "plain"):
+            _cold_and_warm(runs, name, side, options.seed)
         for row in rows(name, runs):
             report.add(row)
         report.raw[name] = runs
     return report
 
 
-def _cold_and_warm(runs: dict[str, list[dict[str, Any]]], name: str, side: str, seed: int) -> None:
+def _cold_and_warm(runs: dict[str, dict[str, Any]], name: str, side: str, seed: int) -> None:
     arguments = {"model": name, "side": side, "seed": seed}
     with child.fresh_folders() as folders:
         inductor = Path(folders[child.FOLDERS["inductor"]])
@@ -41,8 +38,7 @@ def _cold_and_warm(runs: dict[str, list[dict[str, Any]]], name: str, side: str, 
             if phase == "warm, only our store":
                 shutil.rmtree(inductor)
                 inductor.mkdir(mode=0o700)
-            result = child.call("benchmarks.restart:first_step", arguments, environment=folders)
-            runs.setdefault(f"{side} {phase}", []).append(result)
+            runs[f"{side} {phase}"] = child.call("benchmarks.restart:first_step", arguments, environment=folders)
 
 
 def first_step(model: str, side: str, seed: int) -> dict[str, Any]:
@@ -77,15 +73,16 @@ def first_step(model: str, side: str, seed: int) -> dict[str, Any]:
     return result
 
 
-def rows(name: str, runs: dict[str, list[dict[str, Any]]]) -> list[Row]:
-    """The figures of one model from the repetitions of every phase."""
+def rows(name: str, runs: dict[str, dict[str, Any]]) -> list[Row]:
+    """The figures of one model from what the processes brought back."""
 
     def seconds(phase: str, field: str = "first_step_s") -> float:
-        return median([run[field] for run in runs[phase]])
+        return float(runs[phase][field])
 
     def compiles(phase: str, moment: str) -> int:
-        """The most kernels that any repetition compiled, in workers or in the training process."""
-        return max(run[moment]["kernels_compiled"] + run[moment]["foreground_compiles"] for run in runs[phase])
+        """Kernels compiled in workers or in the training process."""
+        stats = runs[phase][moment]
+        return int(stats["kernels_compiled"] + stats["foreground_compiles"])
 
     cold = seconds("esper cold")
     result = []
@@ -95,9 +92,9 @@ def rows(name: str, runs: dict[str, list[dict[str, Any]]]) -> list[Row]:
         note += f"import {seconds(phase, 'import_s'):.1f} s, morph {seconds(phase, 'build_s'):.2f} s"
         title = "our store only" if phase.endswith("store") else "Inductor's too"
         result.append(Row(f"{name}: first step, warm / cold, {title}", warm / cold, "×", FIRST_STEP, note=note))
-        foreground = max(run["first"]["foreground_compile_seconds"] for run in runs[phase])
+        foreground = runs[phase]["first"]["foreground_compile_seconds"]
         note = f"{foreground:.2f} s in the foreground; with a germination {compiles(phase, 'grown')}, "
-        note += f"live after {runs[phase][-1]['grown_steps']} steps"
+        note += f"live after {runs[phase]['grown_steps']} steps"
         result.append(
             Row(f"{name}: compiles when warm, {title}", compiles(phase, "settled"), "compiles", COMPILES, note=note)
         )

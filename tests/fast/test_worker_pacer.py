@@ -1,0 +1,107 @@
+"""The pacer of a compile worker: it pauses the worker while processors are short, and neither outlives the other."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from esper_fx.cache import Job, KernelCompiler, worker
+from tests.support.processes import eventually, is_running
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="workers are paced on Linux only")
+JOBS = "tests.support.cache_jobs"
+
+
+def state(pid: int) -> str:
+    """R, S, T, … as ps has it."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def seen(pid: int, wanted: str, seconds: float) -> bool:
+    """Whether a process is in a state at some moment of so many seconds."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if state(pid) == wanted:
+            return True
+        time.sleep(0.0005)
+    return False
+
+
+@pytest.fixture
+def busy() -> Iterator[int]:
+    """A process that leads a group and works."""
+    process = subprocess.Popen([sys.executable, "-c", "while True: pass"], start_new_session=True)
+    yield process.pid
+    process.kill()
+    process.wait()
+
+
+@pytest.fixture
+def pacer(busy: int) -> Iterator[int]:
+    """The pipe to a pacer of the busy process, in this one."""
+    read_fd, write_fd = os.pipe()
+    thread = threading.Thread(target=worker._pace, args=(busy, read_fd))
+    thread.start()
+    yield write_fd
+    os.close(write_fd)
+    thread.join(timeout=10)
+    os.close(read_fd)
+    assert not thread.is_alive()
+    assert state(busy) != "T"
+
+
+@pytest.mark.parametrize("news", [b"u", b"b"])
+def test_a_job_has_pauses_while_processors_are_short(
+    busy: int, pacer: int, news: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "_runnable", lambda: 10_000)
+    assert not seen(busy, "T", 0.1)  # no job yet
+    os.write(pacer, news)
+    assert seen(busy, "T", 10)
+    assert seen(busy, "R", 10)
+    os.write(pacer, b"r")
+    assert eventually(lambda: state(busy) != "T")
+    assert not seen(busy, "T", 0.1)
+
+
+def test_a_job_has_none_while_processors_are_free(busy: int, pacer: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "_runnable", lambda: 1)
+    os.write(pacer, b"u")
+    assert not seen(busy, "T", 0.2)
+
+
+def test_runnable_threads_are_counted(busy: int) -> None:
+    assert eventually(lambda: worker._runnable() >= 1)
+
+
+def pids(compiler: KernelCompiler) -> tuple[int, int]:
+    """The worker and its pacer."""
+    worker_pid = json.loads(compiler.submit(Job(f"{JOBS}:describe", b"")).result(timeout=20).data)["pid"]
+    (pacer_pid,) = map(int, Path(f"/proc/{worker_pid}/task/{worker_pid}/children").read_text().split())
+    return worker_pid, pacer_pid
+
+
+def test_the_pacer_ends_with_its_worker_however_that_ends() -> None:
+    for kill in (False, True):
+        with KernelCompiler(nice=0) as compiler:
+            pid, pacer = pids(compiler)
+            assert is_running(pacer)
+            if kill:
+                os.kill(pid, signal.SIGKILL)
+        assert eventually(lambda pacer=pacer: not is_running(pacer))  # type: ignore[misc]
+
+
+def test_a_worker_works_on_without_its_pacer() -> None:
+    with KernelCompiler(nice=0) as compiler:
+        _, pacer = pids(compiler)
+        os.kill(pacer, signal.SIGKILL)
+        assert compiler.submit(Job(f"{JOBS}:echo", b"x")).result(timeout=20).data == b"x"
