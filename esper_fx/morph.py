@@ -20,6 +20,7 @@ from esper_fx.passes.find_sites import Sites, find_sites, no_match_message
 from esper_fx.passes.pipeline import Draft, PassRecord, Pipeline
 from esper_fx.passes.splice import splice
 from esper_fx.passes.trace import TraceError, trace
+from esper_fx.passes.trace_report import TraceReport, class_names, trace_report
 from esper_fx.seed import KasminaSeed
 from esper_fx.state import KasminaStateLayout
 from esper_fx.stats import EngineStats, engine_stats
@@ -41,6 +42,7 @@ class MorphableModel(nn.Module):
     growth: Growth
     pass_records: list[PassRecord]
     graphs: dict[str, fx.Graph]
+    _trace_report: TraceReport
 
     @property
     def seeds(self) -> Mapping[str, KasminaSeed]:
@@ -83,6 +85,10 @@ class MorphableModel(nn.Module):
             raise MorphError(f"the forward of {type(self).__name__} is plain Python; see graphs for its parts")
         return self.graphs[""]
 
+    def trace_report(self) -> TraceReport:
+        """For every module of the original: traced, a leaf of a graph, or kept as plain Python, and why."""
+        return self._trace_report
+
     def settle(self, timeout: float | None = None) -> bool:
         """Block until no background work is left and the best plan runs; call it between steps.
 
@@ -113,8 +119,8 @@ def morph(
 
     Args:
         net: The model. A part that cannot be traced symbolically stays plain Python and its children are traced.
-        sites: A glob over qualified module names (``*`` within one level, ``**`` across levels), a module type, a list of
-            these, or a predicate over graph nodes.
+        sites: A glob over qualified module names (``*`` within one level, ``**`` across levels), a compiled regular
+            expression that matches a whole name, a module type, a list of these, or a predicate over graph nodes.
         example_inputs: Arguments of ``net`` (a tuple, or a dict of keyword arguments), from which shapes are learnt; no
             computation is done. Without them a site is known after the first call.
         seed: Where the initial values of grown modules come from, together with site and number of germination.
@@ -132,7 +138,9 @@ def morph(
         raise MorphError(f"{type(net).__name__} has attributes of its own called {', '.join(taken)}; rename them first")
     root = _replica(net)
     records: list[PassRecord] = []
-    drafts = dict(_draft_scopes(root, "", sites, dict(root.named_modules()), records))
+    reasons: dict[str, str] = {}
+    classes = class_names(root)
+    drafts = dict(_draft_scopes(root, "", sites, dict(root.named_modules()), records, reasons))
     if not drafts:
         raise MorphError(f"no part of {type(net).__name__} can be traced: {_why_not(root)}")
     names = [site for draft in drafts.values() for site in draft.sites]
@@ -140,6 +148,7 @@ def morph(
         raise SiteError(
             no_match_message(sites, filter(None, (_join(s, n) for s, d in drafts.items() for n in d.outputs)))
         )
+    report = trace_report(root, classes, drafts, reasons)
     growth = Growth(KasminaStateLayout(len(names), names=names), seed)
     modules = dict(root.named_modules())
     growth.by_index = [KasminaSeed(name, i, growth, modules.get(name)) for i, name in enumerate(names)]
@@ -153,6 +162,7 @@ def morph(
     model.growth = growth
     model.pass_records = records
     model.graphs = graphs
+    model._trace_report = report
     model.register_forward_pre_hook(_before_eager_forward)
     if example_inputs is not None:
         _learn_values(model, example_inputs)
@@ -173,6 +183,7 @@ _RESERVED = (
     "reset_stats",
     "graphs",
     "pass_records",
+    "trace_report",
 )
 
 
@@ -192,17 +203,23 @@ def _replica(net: nn.Module) -> nn.Module:
 
 
 def _draft_scopes(
-    module: nn.Module, path: str, sites: Sites, modules: Mapping[str, nn.Module], records: list[PassRecord]
+    module: nn.Module,
+    path: str,
+    sites: Sites,
+    modules: Mapping[str, nn.Module],
+    records: list[PassRecord],
+    reasons: dict[str, str],
 ) -> Iterator[tuple[str, Draft]]:
-    """The largest modules that can be traced, by path, traced and spliced."""
+    """The largest modules that can be traced, by path, traced and spliced; fills ``reasons`` for the others."""
     draft = Draft(module)
     pipeline = morph_pipeline(sites, modules, path)
     try:
         records += pipeline.run(draft)
     except TraceError as error:
         logger.info("%s stays plain Python: %s", path or "the model's own forward", error)
+        reasons[path] = str(error)
         for name, child in module.named_children():
-            yield from _draft_scopes(child, _join(path, name), sites, modules, records)
+            yield from _draft_scopes(child, _join(path, name), sites, modules, records, reasons)
     else:
         yield path, draft
 

@@ -12,7 +12,8 @@ from torch import fx, nn
 from esper_fx.errors import SiteError
 from esper_fx.passes.pipeline import Draft
 
-Sites = str | type[nn.Module] | Callable[[fx.Node], bool] | Iterable["str | type[nn.Module]"]
+Selector = str | re.Pattern[str] | type[nn.Module]
+Sites = Selector | Callable[[fx.Node], bool] | Iterable[Selector]
 
 
 def glob_matches(pattern: str, name: str) -> bool:
@@ -29,7 +30,8 @@ def find_sites(draft: Draft, *, sites: Sites, modules: Mapping[str, nn.Module], 
 
     Args:
         draft: A traced draft.
-        sites: A glob over qualified module names, a module type, several of these, or a predicate over graph nodes.
+        sites: A glob over qualified module names, a regular expression that matches a whole name, a module type,
+            several of these, or a predicate over graph nodes.
         modules: The model's modules by qualified name.
         scope: Qualified name of the draft's root within the model; site names begin with it.
 
@@ -45,7 +47,7 @@ def find_sites(draft: Draft, *, sites: Sites, modules: Mapping[str, nn.Module], 
                 named[_node_site_name(node, draft, named)] = node
         found = {_join(scope, name): [node] for name, node in named.items()}
     else:
-        patterns = [sites] if isinstance(sites, str | type) else list(sites)
+        patterns = [sites] if isinstance(sites, str | type | re.Pattern) else list(sites)
         for local, visits in draft.outputs.items():
             name = _join(scope, local)
             if name and selects(patterns, name, modules.get(name)):
@@ -55,17 +57,23 @@ def find_sites(draft: Draft, *, sites: Sites, modules: Mapping[str, nn.Module], 
     return changed
 
 
-def selects(patterns: Iterable[str | type[nn.Module]], name: str, module: nn.Module | None) -> bool:
-    """Whether any of the globs or module types selects the module called ``name``."""
-    return any(
-        glob_matches(pattern, name) if isinstance(pattern, str) else isinstance(module, pattern) for pattern in patterns
-    )
+def selects(patterns: Iterable[Selector], name: str, module: nn.Module | None) -> bool:
+    """Whether any of the globs, regular expressions or module types selects the module called ``name``."""
+    return any(_selects(pattern, name, module) for pattern in patterns)
+
+
+def _selects(pattern: Selector, name: str, module: nn.Module | None) -> bool:
+    if isinstance(pattern, str):
+        return glob_matches(pattern, name)
+    if isinstance(pattern, re.Pattern):
+        return pattern.fullmatch(name) is not None
+    return isinstance(module, pattern)
 
 
 def no_match_message(sites: Any, names: Iterable[str]) -> str:
     """Say that nothing was selected, with the names that come nearest."""
     candidates = sorted(set(names))
-    wanted = sites if isinstance(sites, str) else str(sites)
+    wanted = sites.pattern if isinstance(sites, re.Pattern) else str(sites)
     nearest = difflib.get_close_matches(wanted, candidates, n=5, cutoff=0.0)
     return (
         f"sites={sites!r} selects no module of this model. Nearest names: {', '.join(nearest) or 'none'}. "

@@ -1,0 +1,113 @@
+"""Say for every module of a model whether it was traced, and if not, why."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from torch import nn
+
+from esper_fx.passes.pipeline import Draft
+from esper_fx.passes.trace import has_own_call, reads_training
+
+
+class How(StrEnum):
+    """What tracing made of a module."""
+
+    TRACED = "traced"
+    """Its operations are nodes of a graph."""
+    LEAF = "leaf"
+    """One node of a graph: it is called as a whole."""
+    INSIDE = "inside a leaf"
+    """Part of a module that is called as a whole."""
+    PYTHON = "python"
+    """Its forward stays plain Python; its children are looked at one by one."""
+    UNUSED = "unused"
+    """The traced forward calls neither it nor anything in it."""
+
+
+@dataclass(frozen=True)
+class TracedModule:
+    """What tracing made of one module: its qualified name ("" for the model), its class, how, and why ("" if traced)."""
+
+    name: str
+    kind: str
+    how: How
+    why: str = ""
+
+
+class TraceReport(tuple[TracedModule, ...]):
+    """One entry a module, in the order of ``named_modules``; prints as a table."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        rows = [("module", "class", "how", "why"), *((m.name or "(the model)", m.kind, m.how, m.why) for m in self)]
+        widths = [max(len(row[column]) for row in rows) for column in range(3)]
+        return "\n".join(
+            "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]).rstrip()
+            for row in rows
+        )
+
+
+def trace_report(
+    root: nn.Module, classes: Mapping[str, str], drafts: Mapping[str, Draft], reasons: Mapping[str, str]
+) -> TraceReport:
+    """The report of a model.
+
+    Args:
+        root: The model.
+        classes: The classes' names as they were before morphing, by module.
+        drafts: What was traced, by the qualified name of the draft's root.
+        reasons: Why a module could not be traced, by its qualified name.
+    """
+    entries: dict[str, TracedModule] = {}
+    scope: str | None = None
+    for name, module in root.named_modules():
+        if name not in classes:  # morphing has added it
+            continue
+        if name in drafts:
+            scope = name
+        elif scope is not None and not _under(name, scope):
+            scope = None
+        if name in reasons:
+            how, why = How.PYTHON, reasons[name]
+        elif scope is None:
+            how, why = How.UNUSED, "nothing in it has a forward that could be traced"
+        else:
+            how, why = _in_draft(name, scope, module, drafts[scope], entries)
+        entries[name] = TracedModule(name, classes[name], how, why)
+    return TraceReport(entries.values())
+
+
+def _in_draft(
+    name: str, scope: str, module: nn.Module, draft: Draft, entries: Mapping[str, TracedModule]
+) -> tuple[How, str]:
+    parent = entries.get(name.rpartition(".")[0]) if name != scope else None
+    if parent is not None and parent.how in (How.LEAF, How.INSIDE):
+        return How.INSIDE, ""
+    local = name.removeprefix(scope).removeprefix(".")
+    assert draft.original is not None
+    if any(node.op == "call_module" and node.target == local for node in draft.original.nodes):
+        return How.LEAF, _why_leaf(module)
+    if any(called == local or _under(called, local) for called in draft.outputs if called or not local):
+        return How.TRACED, ""
+    return How.UNUSED, "the traced forward does not call it"
+
+
+def _why_leaf(module: nn.Module) -> str:
+    if has_own_call(module):
+        return "it has hooks, which would run while tracing instead of at every call"
+    if reads_training(module):
+        return "its forward reads self.training, which a graph would freeze"
+    return "a layer of a library"
+
+
+def _under(name: str, scope: str) -> bool:
+    return not scope or name == scope or name.startswith(f"{scope}.")
+
+
+def class_names(root: nn.Module) -> dict[str, str]:
+    """The name of every module's class, by the module's qualified name."""
+    return {name: type(module).__name__ for name, module in root.named_modules()}
