@@ -584,7 +584,7 @@ def _snapshot(model: esper_fx.MorphableModel, optimizer: torch.optim.Optimizer) 
         (
             UnknownBlueprintError,
             KeyError,
-            r"no blueprint is registered under 'low_rnk': there are bottleneck, .*low_rank.*\(did you mean 'low_rank'\?\)",
+            r"no blueprint is registered under 'low_rnk': there are affine, .*low_rank.*\(did you mean 'low_rank'\?\)",
             lambda model: model.seeds["0"].germinate("low_rnk"),
         ),
         (
