@@ -10,6 +10,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, Protocol
 
+from esper_fx.cache._background import yielding
+
 logger = logging.getLogger(__name__)
 
 
@@ -96,7 +98,8 @@ async def _conduct(
             return
         kicks = conductor._kicks
         try:
-            waiting = target.work()
+            with yielding:
+                waiting = target.work()
         except Exception:
             logger.exception("preparing a change failed; the model runs on as it is")
             waiting = []

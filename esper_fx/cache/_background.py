@@ -6,6 +6,7 @@ import atexit
 import logging
 import os
 import queue
+import sys
 import threading
 import time
 import weakref
@@ -43,6 +44,47 @@ def _after_fork_in_child() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+class _Yielding:
+    """While entered by any thread, Python threads take turns more often.
+
+    A thread that has let go of the interpreter lock, as every PyTorch operator does, gets it back from a thread that
+    runs Python code only after a switch interval, 5 ms by default: background work in Python would cost a training step
+    that much at every operator. The interval is the whole process's, so it is lowered for the time of the work only.
+    """
+
+    def __init__(self, interval_s: float) -> None:
+        self._interval = interval_s
+        self._reset()
+        register_after_fork(self)
+
+    def _reset(self) -> None:
+        self._lock = threading.Lock()
+        self._entered = 0
+        self._before = sys.getswitchinterval()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._entered:
+                self._before = sys.getswitchinterval()
+                sys.setswitchinterval(min(self._before, self._interval))
+            self._entered += 1
+
+    def __exit__(self, *exc_info: object) -> None:
+        with self._lock:
+            self._entered -= 1
+            if not self._entered:
+                sys.setswitchinterval(self._before)
+
+    def after_fork_in_child(self) -> None:
+        """Restores the interval: the threads that worked stayed in the parent."""
+        if self._entered:
+            sys.setswitchinterval(self._before)
+        self._reset()
+
+
+yielding = _Yielding(0.0003)
 
 
 class DaemonPool:
@@ -111,7 +153,8 @@ def _close_pools() -> None:
 def _run_tasks(tasks: queue.SimpleQueue[Task | None]) -> None:
     while (task := tasks.get()) is not None:
         try:
-            task()
+            with yielding:
+                task()
         except Exception:
             logger.exception("a background task of the kernel cache failed")
         del task  # or an idle thread keeps alive what its last task referred to

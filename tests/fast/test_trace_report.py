@@ -97,5 +97,7 @@ def test_sites_by_regular_expression(sites: object, found: list[str]) -> None:
 
 
 def test_a_regular_expression_matches_whole_names() -> None:
-    with pytest.raises(SiteError, match=r"sites=re.compile\('layers'\) selects no module .* Nearest names: .*part.layers"):
+    with pytest.raises(
+        SiteError, match=r"sites=re.compile\('layers'\) selects no module .* Nearest names: .*part.layers"
+    ):
         esper_fx.morph(Branching(), sites=re.compile("layers"))
