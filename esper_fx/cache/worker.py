@@ -26,7 +26,7 @@ _CHUNK = 1 << 20
 # How often a worker looks whether its parent still lives, should something else hold the parent's end of the pipe open.
 _PARENT_POLL_MS = 1000
 # While all processors are taken, a worker runs for so many seconds and then stands still for so many; see _pace.
-_RHYTHMS = {b"u": (0.004, 0.008), b"b": (0.006, 0.036)}
+_RHYTHMS = {b"u": (0.004, 0.006), b"b": (0.006, 0.036)}
 _URGENT, _BACKGROUND, _REST = b"u", b"b", b"r"
 
 
