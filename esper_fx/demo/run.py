@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
@@ -44,8 +47,8 @@ def run_demo(
         plot.check_available()
     task = text_task(seed) if text else digits_task(seed)
     console.print(f"[bold]{task.title}[/bold]: {parameter_count(task.net):,} parameters", highlight=False)
-    console.print(f"torch {torch.__version__}, {torch.get_num_threads()} threads", style="dim", highlight=False)
-    with Screen(console) as screen:
+    with _a_processor_left() as threads, Screen(console) as screen:
+        console.print(f"torch {torch.__version__}, {threads} threads", style="dim", highlight=False)
         limit_s = _LIMIT_S if steps is None else None
         run = Run(task, steps=steps or task.steps, seed=seed, watcher=screen, limit_s=limit_s)
         run.start()
@@ -60,6 +63,21 @@ def run_demo(
         console.print(f"picture: {path}", highlight=False)
     console.print(f"took {time.perf_counter() - started:.0f} s", style="dim", highlight=False)
     return path
+
+
+@contextmanager
+def _a_processor_left() -> Iterator[int]:
+    """Inside, one processor is left to the compiler; so small a network is no faster with all of them.
+
+    Whoever sets OMP_NUM_THREADS has decided otherwise.
+    """
+    before = torch.get_num_threads()
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, min(before, (os.cpu_count() or 1) - 1)))
+    try:
+        yield torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)
 
 
 class Screen:
