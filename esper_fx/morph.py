@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from esper_fx._torch import DataDependentOutputException, FakeTensorMode, pytree
 from esper_fx.errors import MorphError, SiteError
 from esper_fx.growth import Growth, Morphology
 from esper_fx.lifecycle import Ledger
+from esper_fx.passes.auto_sites import MAX_SITES, auto_sites
 from esper_fx.passes.check import check
-from esper_fx.passes.find_sites import Sites, find_sites, no_match_message
+from esper_fx.passes.find_sites import Sites, chosen, find_sites, no_match_message
+from esper_fx.passes.flow import observe, of_graph
 from esper_fx.passes.pipeline import Draft, PassRecord, Pipeline
 from esper_fx.passes.splice import splice
 from esper_fx.passes.trace import TraceError, trace
 from esper_fx.passes.trace_report import TraceReport, class_names, trace_report
+from esper_fx.rehearsal import Inputs, rehearse
 from esper_fx.seed import KasminaSeed
 from esper_fx.state import KasminaStateLayout
 from esper_fx.stats import EngineStats, engine_stats
@@ -110,7 +113,8 @@ def morph(
     net: nn.Module,
     sites: Sites,
     *,
-    example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
+    example_inputs: Inputs | None = None,
+    max_sites: int = MAX_SITES,
     seed: int = 0,
 ) -> MorphableModel:
     """Return a model that computes what ``net`` computes and can grow at ``sites``.
@@ -121,8 +125,12 @@ def morph(
         net: The model. A part that cannot be traced symbolically stays plain Python and its children are traced.
         sites: A glob over qualified module names (``*`` within one level, ``**`` across levels), a compiled regular
             expression that matches a whole name, a module type, a list of these, or a predicate over graph nodes.
+            ``"auto"`` finds block outputs and residual streams by the flow of data (see ``passes/auto_sites.py``). Of a
+            module that returns a tuple, the first item is the value.
         example_inputs: Arguments of ``net`` (a tuple, or a dict of keyword arguments), from which shapes are learnt; no
-            computation is done. Without them a site is known after the first call.
+            computation is done, unless what the model does depends on values. Without them a site is known after the first
+            call.
+        max_sites: The most sites that ``"auto"`` chooses.
         seed: Where the initial values of grown modules come from, together with site and number of germination.
 
     Raises:
@@ -137,10 +145,11 @@ def morph(
     if taken:
         raise MorphError(f"{type(net).__name__} has attributes of its own called {', '.join(taken)}; rename them first")
     root = _replica(net)
-    records: list[PassRecord] = []
-    reasons: dict[str, str] = {}
+    if isinstance(sites, str) and sites == "auto":
+        sites = _auto(root, example_inputs, max_sites)
     classes = class_names(root)
-    drafts = dict(_draft_scopes(root, "", sites, dict(root.named_modules()), records, reasons))
+    scoping = _Scoping(root, sites)
+    drafts = scoping.drafts
     if not drafts:
         raise MorphError(f"no part of {type(net).__name__} can be traced: {_why_not(root)}")
     names = [site for draft in drafts.values() for site in draft.sites]
@@ -148,19 +157,24 @@ def morph(
         raise SiteError(
             no_match_message(sites, filter(None, (_join(s, n) for s, d in drafts.items() for n in d.outputs)))
         )
-    report = trace_report(root, classes, drafts, reasons)
+    report = trace_report(root, classes, drafts, scoping.reasons)
     growth = Growth(KasminaStateLayout(len(names), names=names), seed)
     modules = dict(root.named_modules())
     growth.by_index = [KasminaSeed(name, i, growth, modules.get(name)) for i, name in enumerate(names)]
     growth.seeds = {item.name: item for item in growth.by_index}
     growth.state.to(next((t.device for t in (*net.parameters(), *net.buffers())), torch.device("cpu")))
     branch = _branch(growth)
-    graphs = {scope: _adopt(draft, branch) for scope, draft in drafts.items() if draft.sites or not scope}
+    graphs = {
+        scope: _adopt(draft, branch) for scope, draft in drafts.items() if draft.graph and (draft.sites or not scope)
+    }
+    for scope, draft in drafts.items():
+        if draft.graph is None:
+            _adopt_python(draft.root, scope, branch)
     model = _as_morphable(root)
     model.__dict__.pop(NAMESPACE, None)
     model.add_module(NAMESPACE, branch)
     model.growth = growth
-    model.pass_records = records
+    model.pass_records = scoping.records
     model.graphs = graphs
     model._trace_report = report
     model.register_forward_pre_hook(_before_eager_forward)
@@ -202,26 +216,54 @@ def _replica(net: nn.Module) -> nn.Module:
     return copy.deepcopy(net, memo)
 
 
-def _draft_scopes(
-    module: nn.Module,
-    path: str,
-    sites: Sites,
-    modules: Mapping[str, nn.Module],
-    records: list[PassRecord],
-    reasons: dict[str, str],
-) -> Iterator[tuple[str, Draft]]:
-    """The largest modules that can be traced, by path, traced and spliced; fills ``reasons`` for the others."""
-    draft = Draft(module)
-    pipeline = morph_pipeline(sites, modules, path)
-    try:
-        records += pipeline.run(draft)
-    except TraceError as error:
-        logger.info("%s stays plain Python: %s", path or "the model's own forward", error)
-        reasons[path] = str(error)
+class _Scoping:
+    """Divides a model into scopes: the largest modules that can be traced, and single modules that stay Python.
+
+    Attributes:
+        drafts: The scopes by path. One that stays Python has no graph, and its own path as its only site.
+        records: What the passes did.
+        reasons: Why a module could not be traced, by path.
+    """
+
+    def __init__(self, root: nn.Module, sites: Sites) -> None:
+        self.drafts: dict[str, Draft] = {}
+        self.records: list[PassRecord] = []
+        self.reasons: dict[str, str] = {}
+        self._sites = sites
+        self._modules = dict(root.named_modules())
+        self._names = {id(module): name for name, module in self._modules.items()}
+        self._chosen = chosen(sites, self._modules)
+        self._seen: set[int] = set()
+        self._divide(root, "")
+
+    def _divide(self, module: nn.Module, path: str) -> None:
+        if id(module) in self._seen or self._names.get(id(module)) != path:
+            return  # it is called by another name as well, and was looked at under that
+        self._seen.add(id(module))
+        draft = Draft(module)
+        try:
+            self.records += morph_pipeline(self._sites, self._modules, path).run(draft)
+        except TraceError as error:
+            logger.info("%s stays plain Python: %s", path or "the model's own forward", error)
+            self.reasons[path] = str(error)
+            if path in self._chosen and type(module).forward is not nn.Module.forward:
+                self.drafts[path] = Draft(module, sites={path: []})
+            self._divide_children(module, path)
+        else:
+            self.drafts[path] = draft
+            assert draft.graph is not None
+            for node in draft.graph.nodes:
+                if node.op == "call_module" and node.target not in draft.seeds.values():
+                    self._open(_join(path, str(node.target)))
+
+    def _divide_children(self, module: nn.Module, path: str) -> None:
         for name, child in module.named_children():
-            yield from _draft_scopes(child, _join(path, name), sites, modules, records, reasons)
-    else:
-        yield path, draft
+            self._divide(child, _join(path, name))
+
+    def _open(self, leaf: str) -> None:
+        """Look into a module that a graph calls as a whole, if a site was asked for in there."""
+        if any(name.startswith(f"{leaf}.") for name in self._chosen):
+            self._divide_children(self._modules[leaf], leaf)
 
 
 def morph_pipeline(sites: Sites, modules: Mapping[str, nn.Module], scope: str = "") -> Pipeline:
@@ -265,43 +307,81 @@ def _adopt(draft: Draft, branch: nn.Module) -> fx.Graph:
     return draft.graph
 
 
+def _adopt_python(module: nn.Module, site: str, branch: nn.Module) -> None:
+    """Let a module whose forward stays Python hand what it returns to the seed of its site."""
+    module.__dict__[NAMESPACE] = branch
+    original = type(module).forward
+    name = _mangled(site)
+
+    @functools.wraps(original)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        value = original(self, *args, **kwargs)
+        mine = self.esper
+        return getattr(mine.seeds, name)(value, mine.state.alpha, mine.state.gate)
+
+    module.__class__ = type(f"Seeded{type(module).__name__}", (type(module),), {"forward": forward})
+
+
 def _plain_base(module: nn.Module) -> type[nn.Module]:
     """The class to derive from: containers would count the seeds among their items."""
     containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
     return nn.Module if isinstance(module, containers) else type(module)
 
 
+def _in_turn(names: list[str]) -> Callable[..., Any]:
+    """The forward of a Sequential that stays Python: its own would count the seeds among its items."""
+
+    def forward(self: nn.Module, input: Any) -> Any:
+        for name in names:
+            input = getattr(self, name)(input)
+        return input
+
+    return forward
+
+
 def _as_morphable(root: nn.Module) -> MorphableModel:
     base = _plain_base(root)
     name = type(root).__name__.removeprefix("Traced")
     bases = (MorphableModel,) if base is nn.Module else (MorphableModel, base)
-    root.__class__ = type(f"Morphable{name}", bases, {"forward": type(root).forward})
+    forward = _in_turn(list(root._modules)) if type(root).forward is nn.Sequential.forward else type(root).forward
+    root.__class__ = type(f"Morphable{name}", bases, {"forward": forward})
     assert isinstance(root, MorphableModel)
     return root
 
 
-def _learn_values(model: MorphableModel, example_inputs: Sequence[Any] | Mapping[str, Any]) -> None:
-    """Run the model on fake tensors, so that every seed learns what flows through its site."""
-    if isinstance(example_inputs, Tensor):
-        raise MorphError("example_inputs must be a tuple of arguments, such as (x,), not one tensor")
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    own = [t for name, t in (*model.named_parameters(), *model.named_buffers()) if not name.startswith(f"{NAMESPACE}.")]
-    replica = copy.deepcopy(model, {id(tensor): mode.from_tensor(tensor) for tensor in own})
-    replica._forward_pre_hooks.clear()
-    inputs = pytree.tree_map_only(Tensor, mode.from_tensor, example_inputs)
-    try:
-        with mode, torch.no_grad():
-            replica(**inputs) if isinstance(inputs, Mapping) else replica(*inputs)
-    except SiteError:
-        raise
-    except DataDependentOutputException as error:
-        logger.info("sites are learnt at the first call, because the model's control flow depends on values: %s", error)
-    except Exception as error:
-        raise MorphError(
-            f"example_inputs do not fit {type(model).__name__.removeprefix('Morphable')}: {type(error).__name__}: {error}"
-        ) from error
-    for mine, theirs in zip(model.growth.by_index, replica.growth.by_index, strict=True):
+def _learn_values(model: MorphableModel, example_inputs: Inputs) -> None:
+    """Call a copy of the model, so that every seed learns what flows through its site."""
+
+    def watch(copied: nn.Module, call: Callable[[], Any]) -> MorphableModel:
+        assert isinstance(copied, MorphableModel)
+        call()
+        return copied
+
+    copied = rehearse(model, example_inputs, watch, type(model).__name__.removeprefix("Morphable"))
+    for mine, theirs in zip(model.growth.by_index, copied.growth.by_index, strict=True):
         mine._spec = theirs._spec
+
+
+def _auto(root: nn.Module, example_inputs: Inputs | None, max_sites: int) -> list[str]:
+    """The names that ``sites="auto"`` stands for."""
+    name = type(root).__name__
+    modules = dict(root.named_modules())
+    if example_inputs is not None:
+        flow = rehearse(root, example_inputs, observe, name)
+    else:
+        draft = Draft(root)
+        try:
+            trace(draft)
+        except TraceError as error:
+            raise SiteError(f"sites='auto' needs example_inputs here, because {error}") from error
+        flow = of_graph(draft)
+    names = auto_sites(flow, modules, max_sites)
+    if not names:
+        raise SiteError(
+            f"sites='auto' found no place in {name} with layers before it and after it that every path to the output passes. "
+            f"Name sites instead, such as sites={next((n for n, m in modules.items() if n), '**')!r}"
+        )
+    return names
 
 
 def _join(path: str, name: str) -> str:

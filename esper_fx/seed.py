@@ -102,28 +102,35 @@ class KasminaSeed(nn.Module):
         self._channel_first = isinstance(producer, _torch.CHANNEL_FIRST_LAYERS)
         self._feature_last = isinstance(producer, nn.Linear | nn.LayerNorm | nn.Embedding | nn.MultiheadAttention)
 
-    def forward(self, x: Tensor, alpha: Tensor, gate: Tensor) -> Tensor:
+    def forward(self, x: Any, alpha: Tensor, gate: Tensor) -> Any:
         """Apply the seed to the value at its site.
 
         Args:
-            x: The value, floating.
+            x: The value, floating. Of a tuple or a list the first item is taken, and the others are handed through.
             alpha: The state array ``alpha``, float32 ``[n_seeds]``.
             gate: The state array ``gate``, float32 ``[n_seeds]``.
         """
+        if not isinstance(x, Tensor):
+            return self._on_first(x, alpha, gate)
         if torch.compiler.is_dynamo_compiling():
             if _torch.compiling_for_esper():
                 result: Tensor = torch.ops.esper.seed(x, alpha, gate, self.growth.handle, self.index, self.training)
                 return result
         elif self._spec is None and not torch.compiler.is_compiling():
-            if not isinstance(x, Tensor):
-                raise SiteError(
-                    f"site {self.name!r} returns a {type(x).__name__}, but a seed needs one floating tensor. "
-                    "Choose a submodule that returns a tensor."
-                )
             self.note_value(tuple(x.shape), x.dtype, x.device)
         if not self.live or self.body is None:
             return x
         return ops.seed_forward(x, self.body, alpha[self.index].clone(), gate[self.index].clone())
+
+    def _on_first(self, value: Any, alpha: Tensor, gate: Tensor) -> Any:
+        """Apply the seed to the first item of a tuple or list."""
+        if not (isinstance(value, tuple | list) and value and isinstance(value[0], Tensor)):
+            raise SiteError(
+                f"site {self.name!r} returns a {type(value).__name__}, but a seed needs one floating tensor, or a tuple that "
+                "begins with one. Choose a submodule that returns a tensor."
+            )
+        items = (self(value[0], alpha, gate), *value[1:])
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
 
     def note_value(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
         """Learn what flows through the site, from the first value seen; later ones do not change it."""
