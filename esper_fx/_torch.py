@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import os
 import threading
 import zipfile
@@ -30,6 +31,7 @@ __all__ = [
     "OpOverloadPacket",
     "TorchDispatchMode",
     "pytree",
+    "quiet_fakes",
     "storage_id",
 ]
 
@@ -68,6 +70,17 @@ CHANNEL_FIRST_LAYERS: tuple[type[nn.Module], ...] = (
 def storage_id(tensor: torch.Tensor) -> int:
     """What tells the memory of tensors apart while they live, also of tensors without data."""
     return int(tensor.untyped_storage()._cdata)
+
+
+@contextlib.contextmanager
+def quiet_fakes() -> Iterator[None]:
+    """Keep fake tensors from logging an error for what their caller expects and handles."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    disabled, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = disabled
 
 
 BACKEND_NAME = "esper"

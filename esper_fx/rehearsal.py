@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from esper_fx._torch import FakeTensorMode, pytree
+from esper_fx._torch import FakeTensorMode, pytree, quiet_fakes
 from esper_fx.errors import MorphError, SiteError
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ def _on_fakes(net: nn.Module, inputs: Inputs, watch: Callable[[nn.Module, Callab
     own = dict.fromkeys((*net.parameters(), *net.buffers(), *_loose_tensors(net)))
     copied = copy.deepcopy(net, {id(tensor): mode.from_tensor(tensor) for tensor in own})
     fakes = pytree.tree_map_only(Tensor, mode.from_tensor, inputs)
-    with mode, torch.no_grad():
+    with quiet_fakes(), mode, torch.no_grad():
         return watch(copied, lambda: _call(copied, fakes))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import networkx as nx
 from torch import nn
@@ -94,9 +95,13 @@ def _named(flow: Flow, modules: Mapping[str, nn.Module], graph: nx.DiGraph, path
         for name, nodes in flow.modules.items()
         if name in modules and not _is_container(modules[name]) and all(node in path for node in nodes)
     ]
-    inner = _inner(graph)
+    before, inner = _inner(graph)
     candidates = [candidate for candidate in candidates if all(node in inner for node in candidate.nodes)]
-    kinds = Counter(type(modules[candidate.name]) for candidate in candidates)
+    kinds: dict[type[nn.Module], tuple[int, int]] = {}
+    for candidate in candidates:
+        joins, count = kinds.get(type(modules[candidate.name]), (0, 0))
+        joins += _ends_branches(graph, candidate.nodes[0], before)
+        kinds[type(modules[candidate.name])] = joins, count + 1
     taken: dict[str, _Candidate] = {}
     values: set[int] = set()
     own = [candidate for candidate in candidates if not _of_a_library(modules[candidate.name])]
@@ -109,14 +114,18 @@ def _named(flow: Flow, modules: Mapping[str, nn.Module], graph: nx.DiGraph, path
 
 def _choose(
     candidates: Iterable[_Candidate],
-    kinds: Mapping[type[nn.Module], int],
+    kinds: Mapping[type[nn.Module], tuple[int, int]],
     modules: Mapping[str, nn.Module],
     taken: dict[str, _Candidate],
     values: set[int],
 ) -> int:
-    """Take the most frequent kinds first, then what is outermost; nothing inside or around what is taken."""
-    order = sorted(candidates, key=lambda c: (-kinds[type(modules[c.name])], c.name.count("."), c.nodes, c.name))
-    for candidate in order:
+    """Take the kinds that end most branches first, then what is outermost; nothing inside or around what is taken."""
+
+    def rank(candidate: _Candidate) -> tuple[Any, ...]:
+        joins, count = kinds[type(modules[candidate.name])]
+        return -joins, -count, candidate.name.count("."), candidate.nodes, candidate.name
+
+    for candidate in sorted(candidates, key=rank):
         related = any(_related(candidate.name, other) for other in taken)
         if not related and values.isdisjoint(candidate.nodes):
             taken[candidate.name] = candidate
@@ -146,8 +155,19 @@ def _work_between(graph: nx.DiGraph, before: int, after: int) -> float:
     return float(sum(graph.nodes[node]["work"] for node in (*between, after)))
 
 
-def _inner(graph: nx.DiGraph) -> set[int]:
-    """The nodes with work before them, or of their own, and work after them."""
+def _ends_branches(graph: nx.DiGraph, node: int, before: Mapping[int, bool]) -> bool:
+    """Whether a value is a sum of branches, or comes of one without work in between."""
+    while True:
+        data = [source for source in graph.predecessors(node) if before[source]]
+        if len(data) != 1:
+            return len(data) > 1
+        if graph.nodes[node]["work"] > 0:
+            return False
+        node = data[0]
+
+
+def _inner(graph: nx.DiGraph) -> tuple[dict[int, bool], set[int]]:
+    """For each node whether it has work before it or of its own; and the nodes that have work after them as well."""
     before: dict[int, bool] = {}
     after: dict[int, bool] = {}
     order = sorted(node for node in graph if node != _SINK)
@@ -157,7 +177,7 @@ def _inner(graph: nx.DiGraph) -> set[int]:
     for node in reversed(order):
         users = [user for user in graph.successors(node) if user != _SINK]
         after[node] = any(after[user] or graph.nodes[user]["work"] > 0 for user in users)
-    return {node for node in order if before[node] and after[node]}
+    return before, {node for node in order if before[node] and after[node]}
 
 
 def _inside_the_largest(graph: nx.DiGraph, path: set[int]) -> set[int]:

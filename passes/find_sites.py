@@ -97,9 +97,10 @@ def _visit_node(name: str, value: Any) -> fx.Node:
     first = value[0] if isinstance(value, tuple | list) and value else value
     if isinstance(first, fx.Node):
         return first
+    kind = type(value).__name__.removeprefix("immutable_")
     raise SiteError(
-        f"site {name!r} returns a {type(value).__name__.removeprefix('immutable_')}, but a seed needs one floating tensor, or a tuple that begins with "
-        "one. Choose a submodule that returns a tensor."
+        f"site {name!r} returns a {kind}, but a seed needs one floating tensor, or a tuple that begins with one. "
+        "Choose a submodule that returns a tensor."
     )
 
 
