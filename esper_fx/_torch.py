@@ -20,6 +20,7 @@ __all__ = [
     "CHANNEL_FIRST_LAYERS",
     "CPU_ATTENTION",
     "FUNCTION_HOLDERS",
+    "PRESERVED_ATTRIBUTES",
     "SET_GRAD_ENABLED",
     "DataDependentOutputException",
     "FakeTensor",
@@ -29,6 +30,7 @@ __all__ = [
     "OpOverloadPacket",
     "pytree",
     "storage_id",
+    "uncompiled",
 ]
 
 #: What a graph holds where the grad mode is switched.
@@ -66,6 +68,16 @@ CHANNEL_FIRST_LAYERS: tuple[type[nn.Module], ...] = (
 def storage_id(tensor: torch.Tensor) -> int:
     """What tells the memory of tensors apart while they live, also of tensors without data."""
     return int(tensor.untyped_storage()._cdata)
+
+
+def uncompiled(module: nn.Module) -> nn.Module:
+    """The module that `torch.compile` was given, or the module itself where it was not compiled."""
+    inner: nn.Module = getattr(module, "_orig_mod", module)
+    return inner
+
+
+#: Where a GraphModule's `meta` names the plain attributes that a deep copy keeps.
+PRESERVED_ATTRIBUTES = "_user_preserved_attributes"
 
 
 BACKEND_NAME = "esper"

@@ -22,6 +22,7 @@ class Draft:
         graph: The graph, None until ``trace`` has run.
         outputs: For each module called inside the graph, by qualified name, what its calls returned, in order of the calls;
             under the empty name what the whole graph returns.
+        constants: Attributes of the root that tracing has added, for tensors that are neither parameters nor buffers.
         original: The graph as traced, before any pass changed it; what ``check`` compares with.
         sites: Site name to the nodes a seed follows, one node per visit; filled by ``find_sites``.
         seeds: Site name to the target of its seed module; filled by ``splice``.
@@ -30,6 +31,7 @@ class Draft:
     root: nn.Module
     graph: fx.Graph | None = None
     outputs: dict[str, list[Any]] = field(default_factory=dict)
+    constants: tuple[str, ...] = ()
     original: fx.Graph | None = None
     sites: dict[str, list[fx.Node]] = field(default_factory=dict)
     seeds: dict[str, str] = field(default_factory=dict)

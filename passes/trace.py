@@ -48,7 +48,7 @@ def reads_training(module: nn.Module) -> bool:
 
 
 def trace(draft: Draft) -> bool:
-    """Trace ``draft.root`` and fill ``graph``, ``original`` and ``outputs``.
+    """Trace ``draft.root`` and fill ``graph``, ``original``, ``outputs`` and ``constants``.
 
     Raises:
         TraceError: The forward cannot be traced symbolically; the message holds the reason.
@@ -56,11 +56,15 @@ def trace(draft: Draft) -> bool:
     if reads_training(draft.root):
         raise TraceError(f"{type(draft.root).__name__}.forward reads self.training, which a graph would freeze")
     tracer = SiteTracer()
+    before = set(vars(draft.root))
     try:
         graph = tracer.trace(draft.root)
     except Exception as error:
+        for name in set(vars(draft.root)) - before:
+            delattr(draft.root, name)
         raise TraceError(f"{type(draft.root).__name__} cannot be traced symbolically: {error}") from error
     draft.graph = graph
+    draft.constants = tuple(name for name in vars(draft.root) if name not in before)
     draft.original = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
     result = draft.original.graph_copy(graph, mapping)
