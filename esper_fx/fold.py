@@ -126,8 +126,6 @@ def _host(scope: Scope, site: str) -> tuple[Layer, str]:
     assert isinstance(value, fx.Node)
     if is_seed(value):
         raise NotFoldable(f"the module grown at {value.meta['esper_seed']} stands between it and the layer")
-    if len(value.users) != 1:
-        raise NotFoldable("something else reads the value before it")
     if _returned(scope.graph) is value and original_kind(scope.module) in HOSTS:
         return _layer(scope.module), scope.path
     if value.op != "call_module":
