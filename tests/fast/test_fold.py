@@ -310,6 +310,27 @@ def test_what_cannot_be_folded_is_kept_and_it_says_why(reason: str) -> None:
     assert "not_folded" not in entry(esper_fx.unmorph(model), site)
 
 
+def test_a_layer_that_is_called_elsewhere_too_is_not_folded() -> None:
+    x = torch.randn(3, 4)
+    model = esper_fx.morph(Net(), sites=lambda node: node.name == "twice_1", example_inputs=(x,))
+    grow(model, "twice_1", "affine")
+    plain = esper_fx.unmorph(model, fold=True)
+    assert_same_function(plain, model, x)
+    assert entry(plain, "twice_1")["not_folded"] == "the Linear is called more than once"
+
+
+@pytest.mark.parametrize(("kernel_size", "folds"), [(1, True), (3, False)])
+def test_convolutions_are_folded_if_they_do_not_mix_positions(kernel_size: int, folds: bool) -> None:
+    make, shape = LAYERS["conv2d"]
+    x = torch.randn(shape, dtype=torch.float64)
+    model = esper_fx.morph(nn.Sequential(make(), nn.Tanh()).double(), sites="0", example_inputs=(x,))
+    grow(model, "0", "conv", width=2, kernel_size=kernel_size, activation=None)
+    plain = esper_fx.unmorph(model, fold=True)
+    torch.testing.assert_close(plain(x), model(x), rtol=1e-12, atol=1e-12)
+    why = None if folds else "its body has a Conv2d that mixes positions"
+    assert entry(plain, "0").get("not_folded") == why
+
+
 def test_a_value_that_something_else_reads_is_folded_only_if_that_reads_the_seed_too() -> None:
     x = torch.randn(3, 4, dtype=torch.float64)
     model = esper_fx.morph(Net().double(), sites="read", example_inputs=(x,))

@@ -561,7 +561,7 @@ sys.path.insert(0, {repository!r})
 import torch
 plain = torch.load({folder!r} + "/plain.pt", weights_only=False)
 x = torch.load({folder!r} + "/x.pt")
-again = torch.load({folder!r} + "/plain.pt", weights_only=False)
+again = torch.load({folder!r} + "/copied.pt", weights_only=False)
 again.load_state_dict(torch.load({folder!r} + "/state.pt"))
 import copy, io
 second = io.BytesIO()
@@ -582,7 +582,8 @@ def test_it_loads_and_runs_where_esper_fx_cannot_be_imported(kind: str, tmp_path
         names = [name for name in seed.fits() if name in ("attention", "conv", "gated_mlp", "channel_gate", "affine")]
         grow(model, site, names[number % len(names)], seed=number)
     plain = esper_fx.unmorph(model.eval())
-    for name, value in (("plain", plain), ("state", plain.state_dict()), ("x", example.inputs)):
+    saved = {"plain": plain, "copied": copy.deepcopy(plain), "state": plain.state_dict(), "x": example.inputs}
+    for name, value in saved.items():
         torch.save(value, tmp_path / f"{name}.pt")
     source = WITHOUT_ESPER_FX.format(repository=str(REPOSITORY), folder=str(tmp_path))
     done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=False, timeout=120)
@@ -617,14 +618,19 @@ def test_what_has_grown_can_grow_again() -> None:
     plain = esper_fx.unmorph(first)
     second = esper_fx.morph(plain, sites=["1", "grown.site_0"], example_inputs=(x,))
     assert_same_function(second, first, x)
-    same = esper_fx.unmorph(second)
+    same, other = esper_fx.unmorph(second), esper_fx.unmorph(second)
     assert isinstance(same, fx.GraphModule)
     assert_same_function(same, first, x)
+    (output,) = (node for node in same.graph.nodes if node.op == "output")
+    output.args = (next(iter(same.graph.nodes)),)
+    same.recompile()
+    assert same(x) is x
+    assert_same_function(plain, first, x)  # their forwards are still their own
+    assert_same_function(other, first, x)
     grow(second, "1", "affine")
     grow(second, "grown.site_0", "affine", seed=1)
     third = esper_fx.unmorph(second)
     assert_same_function(third, second, x)
-    assert_same_function(plain, first, x)  # its forward is still its own
     assert {name for name, _ in third.named_children()} == {"0", "1", "grown", "grown_2"}
     assert third.lineage["earlier"] == plain.lineage  # type: ignore[index]
     assert [entry["outcome"] for entry in third.lineage["sites"]] == [  # type: ignore[index]
