@@ -27,7 +27,19 @@ ATTRIBUTE = "lineage"
 
 @dataclass(frozen=True)
 class SeedSnapshot:
-    """What a seed was at one moment: its site, and its body, which is the seed's own and no copy, with its alpha."""
+    """What a seed was at one moment.
+
+    Attributes:
+        site: Its site.
+        stage: Its stage.
+        alpha: The factor on what its body returns.
+        live: Whether its body takes part in the computation.
+        body: The body itself, not a copy, or None.
+        blueprint: Name of the body's blueprint, or None.
+        config: Parameters of the blueprint.
+        events: What has happened to it.
+        container: The class of the tuple or list whose first item flows through the site; None where it is a tensor.
+    """
 
     site: str
     stage: Stage
@@ -37,6 +49,7 @@ class SeedSnapshot:
     blueprint: str | None
     config: Mapping[str, Any]
     events: tuple[GrowthEvent, ...]
+    container: type | None = None
 
     @property
     def kept(self) -> bool:
@@ -58,6 +71,7 @@ def snapshot(growth: Growth) -> list[SeedSnapshot]:
                 seed.blueprint,
                 dict(seed.config),
                 tuple(event for event in events if event.site == seed.name),
+                getattr(seed, "container", None),
             )
             for seed in growth.by_index
         ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -64,17 +64,49 @@ def restore_class(module: nn.Module, kind: type[nn.Module]) -> None:
     module.graph = module.graph  # compiles the forward into the class
 
 
-def add_residual_hook(module: nn.Module, holder: str, name: str, body: nn.Module, alpha: float) -> None:
+def residual(
+    graph: fx.Graph, value: fx.Node, target: str, alpha: float, container: type | None = None
+) -> list[fx.Node]:
+    """Add nodes for ``value + alpha * body(value)`` at the graph's insertion point; the last of them is the sum.
+
+    Args:
+        graph: The graph.
+        value: A tensor, or a tuple or list whose first item it is.
+        target: Qualified name of the body.
+        alpha: A constant.
+        container: The class of the tuple or list, None for a tensor. The other items are handed through.
+    """
+    nodes: list[fx.Node] = []
+
+    def call(function: Callable[..., Any], *args: Any) -> fx.Node:
+        nodes.append(graph.call_function(function, args))
+        return nodes[-1]
+
+    x = value if container is None else call(operator.getitem, value, 0)
+    nodes.append(graph.call_module(target, (x,)))
+    delta = nodes[-1]
+    total = call(operator.add, x, delta if alpha == 1 else call(operator.mul, delta, alpha))
+    if container is None:
+        return nodes
+    names = getattr(container, "_fields", None)
+    if names:
+        return [*nodes, graph.call_method("_replace", (value,), {names[0]: total})]
+    rest = call(operator.getitem, value, slice(1, None))
+    call(operator.add, [total] if issubclass(container, list) else (total,), rest)
+    return nodes
+
+
+def add_residual_hook(
+    module: nn.Module, holder: str, name: str, body: nn.Module, alpha: float, container: type | None = None
+) -> None:
     """Let a module return ``y + alpha * body(y)`` where its forward returns ``y``; for forwards that no graph can hold.
 
     torch.fx has no way to write ``f(*args, **kwargs)``, so this is a forward hook: a GraphModule, which is also the
-    submodule ``holder`` and has the body under ``name``.
+    submodule ``holder`` and has the body under ``name``. The other arguments are those of `residual`.
     """
     graph = fx.Graph()
     _, _, y = (graph.placeholder(argument) for argument in ("module", "args", "y"))
-    delta = graph.call_module(name, (y,))
-    scaled = delta if alpha == 1 else graph.call_function(operator.mul, (delta, alpha))
-    graph.output(graph.call_function(operator.add, (y, scaled)))
+    graph.output(residual(graph, y, name, alpha, container)[-1])
     hook = nn.Module().train(module.training)
     hook.add_module(name, body)
     become_graph_module(hook, graph, "Residual")

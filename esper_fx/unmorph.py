@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import keyword
 import logging
-import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,7 +15,7 @@ from esper_fx.fold import fold_all
 from esper_fx.lineage import ATTRIBUTE, SeedSnapshot, describe, snapshot
 from esper_fx.morph import NAMESPACE, MorphableModel
 from esper_fx.original import Swap, original_kind, take_back
-from esper_fx.plain import add_residual_hook, become_graph_module, make_plain, restore_class, set_attribute
+from esper_fx.plain import add_residual_hook, become_graph_module, make_plain, residual, restore_class, set_attribute
 from esper_fx.replica import replica
 from esper_fx.scopes import Scope, join, scopes_of
 
@@ -33,7 +32,7 @@ def unmorph(model: nn.Module, *, fold: bool = False) -> nn.Module:
     is now, a constant. Their gates go, so gradient flows through a body that is still incubated. All other seeds
     vanish, and so do those whose alpha is 0. A module in which nothing is kept is of its own class again; one with kept
     seeds becomes a `torch.fx.GraphModule` with the same parts, attributes and qualified names, and the bodies in a
-    submodule ``grown``; of its class's own methods only the forward remains.
+    submodule ``grown``; of its class's methods only the forward remains, and torch.fx saves none of its hooks.
 
     The result shares parameters and buffers with ``model``, except those that folding makes anew, and ``model`` stays as
     it is. Its attribute ``lineage`` says what grew where, when and why, and what became of it: see `write_lineage`.
@@ -89,7 +88,7 @@ def _rebuild_traced(scope: Scope, kept: Mapping[str, SeedSnapshot], memo: dict[i
     names = {site: _add_body(bodies, site, scope.path, seed, memo) for site, seed in kept.items()}
     for site, nodes in scope.seeds.items():
         for node in nodes:
-            _resolve(node, f"{holder}.{names[site]}", kept[site].alpha)
+            _resolve(node, f"{holder}.{names[site]}", kept[site])
     for node in [n for n in scope.graph.nodes if n.op == "get_attr" and str(n.target).startswith(f"{NAMESPACE}.")]:
         scope.graph.erase_node(node)
     module.add_module(holder, bodies)
@@ -107,7 +106,7 @@ def _rebuild_python(scope: Scope, kept: Mapping[str, SeedSnapshot], memo: dict[i
     ((site, seed),) = kept.items()
     holder, bodies = _free_name(HOLDER, module), nn.Module()
     name = _add_body(bodies, site, scope.path, seed, memo)
-    add_residual_hook(module, holder, name, bodies.get_submodule(name), seed.alpha)
+    add_residual_hook(module, holder, name, bodies.get_submodule(name), seed.alpha, seed.container)
     return {site: f"module {join(scope.path, holder, name)}"}
 
 
@@ -115,17 +114,16 @@ _Rebuild = Callable[[Scope, Mapping[str, SeedSnapshot], dict[int, Any]], dict[st
 _REBUILD: Mapping[Swap, _Rebuild] = {Swap.TRACED: _rebuild_traced, Swap.PYTHON: _rebuild_python}
 
 
-def _resolve(node: fx.Node, target: str, alpha: float) -> None:
+def _resolve(node: fx.Node, target: str, seed: SeedSnapshot) -> None:
     """Replace a seed's node by ``x + alpha * body(x)``."""
-    graph, x = node.graph, node.args[0]
-    with graph.inserting_before(node):
-        delta = graph.call_module(target, (x,))
-        scaled = delta if alpha == 1 else graph.call_function(operator.mul, (delta, alpha))
-        total = graph.call_function(operator.add, (x, scaled))
-    for made in (delta, scaled, total):
-        made.meta.update({key: node.meta[key] for key in ("stack_trace", "nn_module_stack") if key in node.meta})
-    node.replace_all_uses_with(total)
-    graph.erase_node(node)
+    value = node.args[0]
+    assert isinstance(value, fx.Node)
+    with node.graph.inserting_before(node):
+        made = residual(node.graph, value, target, seed.alpha, seed.container)
+    for new in made:
+        new.meta.update({key: node.meta[key] for key in ("stack_trace", "nn_module_stack") if key in node.meta})
+    node.replace_all_uses_with(made[-1])
+    node.graph.erase_node(node)
 
 
 def _add_body(bodies: nn.Module, site: str, scope: str, seed: SeedSnapshot, memo: dict[int, Any]) -> str:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -550,6 +550,36 @@ def test_a_module_that_stays_python_adds_what_its_body_returns_by_a_hook(alpha: 
     torch.save(layer, tmp_path / "layer.pt")
     loaded = torch.load(tmp_path / "layer.pt", weights_only=False)
     torch.testing.assert_close(loaded(x, y), layer(x, y), rtol=0, atol=0)
+
+
+class Answer(NamedTuple):
+    first: Tensor
+    second: int
+
+
+@pytest.mark.parametrize("value", [(1, 2), [1], Answer(torch.zeros(1), 3)], ids=["tuple", "list", "named tuple"])
+def test_of_a_tuple_the_first_item_grows_and_the_others_pass(value: Any, tmp_path: Path) -> None:
+    layer, x = Several(value), torch.randn(2, 4)
+    body = nn.Linear(4, 4)
+    add_residual_hook(layer, "grown", "output", body, 0.5, type(value))
+    torch.save(layer, tmp_path / "layer.pt")
+    for module in (layer, copy.deepcopy(layer), torch.load(tmp_path / "layer.pt", weights_only=False)):
+        result = module(x)
+        assert type(result) is type(value)
+        assert torch.equal(result[0], x * 2 + 0.5 * body(x * 2))
+        assert result[1:] == value[1:]
+
+
+class Several(nn.Module):
+    """Returns a tensor and other things, in a container of a given kind."""
+
+    def __init__(self, value: Any) -> None:
+        super().__init__()
+        self.value = value
+
+    def forward(self, x: Tensor) -> Any:
+        items = (x * 2, *self.value[1:])
+        return type(self.value)(*items) if hasattr(self.value, "_fields") else type(self.value)(items)
 
 
 # Elsewhere.
