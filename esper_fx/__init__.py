@@ -19,6 +19,7 @@ from esper_fx.errors import (
 )
 from esper_fx.growth import Morphology
 from esper_fx.lifecycle import GrowthEvent, Ledger, Stage
+from esper_fx.lineage import write_lineage
 from esper_fx.morph import MorphableModel, morph, wrap
 from esper_fx.optim import attach
 from esper_fx.seed import Germination, KasminaSeed
@@ -26,6 +27,7 @@ from esper_fx.settings import Settings, configure, settings
 from esper_fx.site import SiteSpec
 from esper_fx.state import KasminaStateLayout
 from esper_fx.stats import EngineStats
+from esper_fx.unmorph import unmorph, unwrap
 
 __version__ = "0.1.0"
 
@@ -62,5 +64,8 @@ __all__ = [
     "configure",
     "morph",
     "settings",
+    "unmorph",
+    "unwrap",
     "wrap",
+    "write_lineage",
 ]

@@ -22,6 +22,7 @@ __all__ = [
     "CHANNEL_FIRST_LAYERS",
     "CPU_ATTENTION",
     "FUNCTION_HOLDERS",
+    "PRESERVED_ATTRIBUTES",
     "SET_GRAD_ENABLED",
     "DataDependentOutputException",
     "FakeTensor",
@@ -33,6 +34,7 @@ __all__ = [
     "pytree",
     "quiet_fakes",
     "storage_id",
+    "uncompiled",
 ]
 
 #: What a graph holds where the grad mode is switched.
@@ -81,6 +83,16 @@ def quiet_fakes() -> Iterator[None]:
         yield
     finally:
         log.disabled = disabled
+
+
+def uncompiled(module: nn.Module) -> nn.Module:
+    """The module that `torch.compile` was given, or the module itself where it was not compiled."""
+    inner: nn.Module = getattr(module, "_orig_mod", module)
+    return inner
+
+
+#: Where a GraphModule's `meta` names the plain attributes that a deep copy keeps.
+PRESERVED_ATTRIBUTES = "_user_preserved_attributes"
 
 
 BACKEND_NAME = "esper"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import logging
 from collections.abc import Callable, Mapping
@@ -10,11 +9,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from esper_fx.errors import MorphError, SiteError
 from esper_fx.growth import Growth, Morphology
 from esper_fx.lifecycle import Ledger
+from esper_fx.lineage import ATTRIBUTE, is_lineage
+from esper_fx.original import Footprint, Original, Swap, additions, footprint, original_of
 from esper_fx.passes.auto_sites import MAX_SITES, auto_sites
 from esper_fx.passes.check import check
 from esper_fx.passes.find_sites import Sites, chosen, find_sites, no_match_message
@@ -24,6 +25,7 @@ from esper_fx.passes.splice import splice
 from esper_fx.passes.trace import TraceError, trace
 from esper_fx.passes.trace_report import TraceReport, class_names, trace_report
 from esper_fx.rehearsal import Inputs, rehearse
+from esper_fx.replica import replica
 from esper_fx.seed import KasminaSeed
 from esper_fx.state import KasminaStateLayout
 from esper_fx.stats import EngineStats, engine_stats
@@ -46,6 +48,7 @@ class MorphableModel(nn.Module):
     pass_records: list[PassRecord]
     graphs: dict[str, fx.Graph]
     _trace_report: TraceReport
+    _additions: Footprint
 
     @property
     def seeds(self) -> Mapping[str, KasminaSeed]:
@@ -142,9 +145,11 @@ def morph(
     if isinstance(net, MorphableModel) or any(isinstance(m, KasminaSeed) for m in net.modules()):
         raise MorphError(f"{type(net).__name__} is morphed already; morph the original instead")
     taken = [name for name in (NAMESPACE, *_RESERVED) if hasattr(net, name)]
+    if hasattr(net, ATTRIBUTE) and not is_lineage(getattr(net, ATTRIBUTE)):
+        taken.append(ATTRIBUTE)
     if taken:
         raise MorphError(f"{type(net).__name__} has attributes of its own called {', '.join(taken)}; rename them first")
-    root = _replica(net)
+    root = replica(net)
     if isinstance(sites, str) and sites == "auto":
         sites = _auto(root, example_inputs, max_sites)
     classes = class_names(root)
@@ -152,6 +157,7 @@ def morph(
     drafts = scoping.drafts
     if not drafts:
         raise MorphError(f"no part of {type(net).__name__} can be traced: {_why_not(root)}")
+    before = footprint(root)
     names = [site for draft in drafts.values() for site in draft.sites]
     if not names:
         raise SiteError(
@@ -165,7 +171,9 @@ def morph(
     growth.state.to(next((t.device for t in (*net.parameters(), *net.buffers())), torch.device("cpu")))
     branch = _branch(growth)
     graphs = {
-        scope: _adopt(draft, branch) for scope, draft in drafts.items() if draft.graph and (draft.sites or not scope)
+        scope: _adopt(scope, draft, branch)
+        for scope, draft in drafts.items()
+        if draft.graph and (draft.sites or not scope)
     }
     for scope, draft in drafts.items():
         if draft.graph is None:
@@ -178,6 +186,8 @@ def morph(
     model.graphs = graphs
     model._trace_report = report
     model.register_forward_pre_hook(_before_eager_forward)
+    model._additions = {}
+    model._additions = additions(model, before)
     if example_inputs is not None:
         _learn_values(model, example_inputs)
     return model
@@ -204,16 +214,6 @@ _RESERVED = (
 def _before_eager_forward(model: nn.Module, args: Any) -> None:
     if not torch.compiler.is_compiling():
         model.growth.begin_eager_forward()  # type: ignore[union-attr,operator]
-
-
-def _replica(net: nn.Module) -> nn.Module:
-    """A copy of the module tree that shares every tensor."""
-    memo: dict[int, Any] = {}
-    for module in net.modules():
-        for value in (*vars(module).values(), *module._parameters.values(), *module._buffers.values()):
-            if isinstance(value, Tensor):
-                memo[id(value)] = value
-    return copy.deepcopy(net, memo)
 
 
 class _Scoping:
@@ -296,14 +296,16 @@ def _branch(growth: Growth) -> nn.Module:
     return branch
 
 
-def _adopt(draft: Draft, branch: nn.Module) -> fx.Graph:
+def _adopt(scope: str, draft: Draft, branch: nn.Module) -> fx.Graph:
     """Give the draft's module the graph as its forward."""
     assert draft.graph is not None
     module = draft.root
     # Reachable by the graph's names, but not a submodule: that it is of the whole model, once.
     module.__dict__[NAMESPACE] = branch
-    forward = type(fx.GraphModule(module, draft.graph)).forward
-    module.__class__ = type(f"Traced{type(module).__name__}", (_plain_base(module),), {"forward": forward})
+    members = Original(type(module), scope, Swap.TRACED).members()
+    members["forward"] = type(fx.GraphModule(module, draft.graph)).forward
+    base = type(module) if scope and not isinstance(module, fx.GraphModule) else _plain_base(module)
+    module.__class__ = type(f"Traced{type(module).__name__}", (base,), members)
     return draft.graph
 
 
@@ -319,13 +321,14 @@ def _adopt_python(module: nn.Module, site: str, branch: nn.Module) -> None:
         mine = self.esper
         return getattr(mine.seeds, name)(value, mine.state.alpha, mine.state.gate)
 
-    module.__class__ = type(f"Seeded{type(module).__name__}", (type(module),), {"forward": forward})
+    members = Original(type(module), site, Swap.PYTHON).members()
+    module.__class__ = type(f"Seeded{type(module).__name__}", (type(module),), {**members, "forward": forward})
 
 
 def _plain_base(module: nn.Module) -> type[nn.Module]:
-    """The class to derive from: containers would count the seeds among their items."""
-    containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-    return nn.Module if isinstance(module, containers) else type(module)
+    """The class to derive from: containers would count the seeds among their items, graph modules run their own graph."""
+    others = (nn.Sequential, nn.ModuleList, nn.ModuleDict, fx.GraphModule)
+    return nn.Module if isinstance(module, others) else type(module)
 
 
 def _in_turn(names: list[str]) -> Callable[..., Any]:
@@ -344,7 +347,8 @@ def _as_morphable(root: nn.Module) -> MorphableModel:
     name = type(root).__name__.removeprefix("Traced")
     bases = (MorphableModel,) if base is nn.Module else (MorphableModel, base)
     forward = _in_turn(list(root._modules)) if type(root).forward is nn.Sequential.forward else type(root).forward
-    root.__class__ = type(f"Morphable{name}", bases, {"forward": forward})
+    members = Original(type(root), "", Swap.PYTHON).members() if original_of(root) is None else {}
+    root.__class__ = type(f"Morphable{name}", bases, {**members, "forward": forward})
     assert isinstance(root, MorphableModel)
     return root
 

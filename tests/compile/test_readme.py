@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 
 import esper_fx
 from esper_fx import Stage
+from tests.support.growing import grow
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
@@ -40,3 +42,22 @@ def test_the_example_of_a_blueprint_grows() -> None:
     assert model.seeds["0"].stage is Stage.INCUBATING
     torch.testing.assert_close(model(x), before, rtol=0, atol=0)
     assert sum(p.numel() for p in model.seeds["0"].body.parameters()) == 5 * 7 + 7 + 7 * 5 + 5
+
+
+def test_the_example_of_going_back_saves_what_has_grown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = next(example for example in EXAMPLES if "unmorph" in example)
+    net = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Tanh(), torch.nn.Linear(5, 1))
+    x = torch.randn(4, 3)
+    model = esper_fx.morph(net, sites="*", example_inputs=(x,))
+    grow(model, "0", "affine")
+    grow(model, "1", "low_rank")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"esper_fx": esper_fx, "torch": torch, "model": model}
+    exec(source, names)
+    loaded = torch.load("plain.pt", weights_only=False)
+    for module in (names["plain"], names["small"], loaded):
+        torch.testing.assert_close(module(x), model(x))
+    assert len(list(names["plain"].grown.children())) == 2
+    assert len(list(names["small"].grown.children())) == 1
+    outcomes = [site["outcome"] for site in json.loads(Path("lineage.json").read_text(encoding="utf-8"))["sites"]]
+    assert outcomes == ["module grown.site_0", "module grown.site_1"]
