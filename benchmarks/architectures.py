@@ -100,32 +100,31 @@ def _torchvision() -> Iterator[Architecture]:
 
     swin = {"patch_size": [4, 4], "embed_dim": 24, "depths": [2, 2], "num_heads": [2, 4], "window_size": [4, 4]}
     table: dict[str, Callable[[], tuple[nn.Module, Inputs]]] = {
-        "alexnet": named("alexnet", num_classes=10),
         "vgg": made(lambda: vgg(False)),
         "vgg_bn": made(lambda: vgg(True)),
-        "resnet18": named("resnet18"),
-        "resnet50": named("resnet50"),
-        "resnext50_32x4d": named("resnext50_32x4d"),
-        "wide_resnet50_2": named("wide_resnet50_2"),
+        "resnet18": named("resnet18", 32),
+        "resnet50": named("resnet50", 32),
+        "resnext50_32x4d": named("resnext50_32x4d", 32),
+        "wide_resnet50_2": named("wide_resnet50_2", 32),
         "squeezenet1_0": named("squeezenet1_0"),
         "squeezenet1_1": named("squeezenet1_1"),
         "densenet": made(lambda: models.DenseNet(8, (2, 2, 2), 16)),
         "densenet121": named("densenet121"),
-        "inception_v3": named("inception_v3", 128, init_weights=False),
-        "googlenet": named("googlenet", init_weights=False),
-        "shufflenet_v2_x0_5": named("shufflenet_v2_x0_5"),
-        "mobilenet_v2": named("mobilenet_v2"),
-        "mobilenet_v3_small": named("mobilenet_v3_small"),
-        "mobilenet_v3_large": named("mobilenet_v3_large"),
-        "mnasnet0_5": named("mnasnet0_5"),
-        "efficientnet_b0": named("efficientnet_b0"),
+        "inception_v3": named("inception_v3", 299, init_weights=False),
+        "googlenet": named("googlenet", 64, init_weights=False),
+        "shufflenet_v2_x0_5": named("shufflenet_v2_x0_5", 32),
+        "mobilenet_v2": named("mobilenet_v2", 32),
+        "mobilenet_v3_small": named("mobilenet_v3_small", 32),
+        "mobilenet_v3_large": named("mobilenet_v3_large", 32),
+        "mnasnet0_5": named("mnasnet0_5", 32),
+        "efficientnet_b0": named("efficientnet_b0", 32),
         "efficientnet_v2": made(
             lambda: models.EfficientNet(
                 [FusedMBConvConfig(1, 3, 1, 16, 16, 2), MBConvConfig(4, 3, 2, 16, 32, 3)], 0.1, last_channel=64
             )
         ),
-        "regnet_x_400mf": named("regnet_x_400mf"),
-        "regnet_y_400mf": named("regnet_y_400mf"),
+        "regnet_x_400mf": named("regnet_x_400mf", 32),
+        "regnet_y_400mf": named("regnet_y_400mf", 32),
         "convnext": made(lambda: models.ConvNeXt([CNBlockConfig(16, 32, 2), CNBlockConfig(32, None, 2)], 0.1)),
         "swin": made(lambda: models.SwinTransformer(**swin)),
         "swin_v2": made(

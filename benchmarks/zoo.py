@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import math
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -21,8 +22,8 @@ from benchmarks.report import Bar, Report, Row
 
 MORPHED = Bar(at_most=0.02, aim=0.0)
 NONE = Bar(at_most=0.0, aim=0.0)
-#: What is tried at a random site, the first that fits.
-BLUEPRINTS = ("attention", "conv", "depthwise_conv", "gated_mlp", "low_rank", "bottleneck", "channel_gate", "affine")
+#: Attention among more positions than this takes long.
+MOST_POSITIONS = 300
 
 
 @dataclass
@@ -134,8 +135,9 @@ def _examine(architecture: Architecture, seed: int, outcome: Outcome, stage: Cal
 
     stage("prune")
     grown = model.seeds[chance.choice(list(model.seeds))]
-    fitting = set(grown.fits())
-    blueprint = next(name for name in BLUEPRINTS if name in fitting)
+    positions = math.prod(grown.site.shape) // grown.site.shape[0] // grown.site.features
+    fitting = [name for name in grown.fits() if name != "sequence"]  # it needs to be told its parts
+    blueprint = chance.choice([name for name in fitting if name != "attention" or positions <= MOST_POSITIONS])
     outcome.grown = f"{blueprint} at {grown.site.name}"
     grown.germinate(blueprint)
     same(subject.step(seed + 1), control.step(seed + 1), "a training step while a seed incubates")

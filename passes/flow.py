@@ -105,7 +105,7 @@ class _Recorder(TorchDispatchMode):
             if isinstance(tensor, Tensor):
                 self._made_by[id(tensor)] = number
                 self._alive.append(tensor)
-                self.flow.shapes[number] = tuple(tensor.shape)
+                self.flow.shapes.setdefault(number, tuple(tensor.shape))
         for argument, value in zip(func._schema.arguments, args, strict=False):
             if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, Tensor):
                 self._changed_by[storage_id(value)] = number
