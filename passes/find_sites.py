@@ -43,7 +43,9 @@ def find_sites(draft: Draft, *, sites: Sites, modules: Mapping[str, nn.Module], 
     if callable(sites) and not isinstance(sites, type):
         named: dict[str, fx.Node] = {}
         for node in draft.graph.nodes:
-            if node.op not in ("placeholder", "output", "get_attr") and sites(node):
+            if node.op in ("placeholder", "output", "get_attr") or "esper_seed" in node.meta:
+                continue  # a seed that was spliced in before is no site
+            if sites(node):
                 named[_node_site_name(node, draft, named)] = node
         found = {_join(scope, name): [node] for name, node in named.items()}
     else:

@@ -1,6 +1,7 @@
 """Lanes, shared settings and hypothesis profiles of the test suite.
 
-A test's lane is the folder it lies in: tests/fast, tests/compile, tests/kernels, tests/gpu. Nobody writes the marker.
+A test's lane is the folder it lies in: tests/fast, tests/property, tests/compile, tests/kernels, tests/gpu. Nobody
+writes the marker.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from hypothesis import HealthCheck, settings
 import esper_fx
 
 TESTS = Path(__file__).parent
-LANES = ("fast", "compile", "kernels", "gpu")
+LANES = ("fast", "property", "compile", "kernels", "gpu")
 
 # derandomize: the same commit gives the same verdict. No deadline: nothing is timed in a test.
 settings.register_profile("ci", derandomize=True, deadline=None)

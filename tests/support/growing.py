@@ -55,8 +55,8 @@ def randomize(module: nn.Module, seed: int = 0) -> None:
 
 
 def run_by_tensor(module: nn.Module, *inputs: Tensor) -> tuple[list[Tensor], dict[int, Tensor]]:
-    """As `networks.run`, with gradients by the identity of the parameter, and buffers as they were before."""
-    saved = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    """As `networks.run`, with gradients by the identity of the parameter, and the network's buffers as they were."""
+    saved = [(buffer, buffer.clone()) for name, buffer in module.named_buffers() if not name.startswith("esper.")]
     outputs, gradients = run(module, *inputs)
     for buffer, value in saved:
         buffer.copy_(value)
