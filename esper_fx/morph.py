@@ -17,6 +17,7 @@ from esper_fx.growth import Growth, Morphology
 from esper_fx.lifecycle import Ledger
 from esper_fx.passes.check import check
 from esper_fx.passes.find_sites import Sites, find_sites, no_match_message
+from esper_fx.passes.find_sources import find_sources
 from esper_fx.passes.pipeline import Draft, PassRecord, Pipeline
 from esper_fx.passes.splice import splice
 from esper_fx.passes.trace import TraceError, trace
@@ -154,7 +155,9 @@ def morph(
     growth.by_index = [KasminaSeed(name, i, growth, modules.get(name)) for i, name in enumerate(names)]
     growth.seeds = {item.name: item for item in growth.by_index}
     growth.state.to(next((t.device for t in (*net.parameters(), *net.buffers())), torch.device("cpu")))
-    branch = _branch(growth)
+    branch = _branch(growth).train(root.training)
+    for item in growth.by_index:
+        item.train(modules.get(item.name, root).training)
     graphs = {scope: _adopt(draft, branch) for scope, draft in drafts.items() if draft.sites or not scope}
     model = _as_morphable(root)
     model.__dict__.pop(NAMESPACE, None)
@@ -230,6 +233,7 @@ def morph_pipeline(sites: Sites, modules: Mapping[str, nn.Module], scope: str = 
         [
             ("trace", trace),
             ("find_sites", partial(find_sites, sites=sites, modules=modules, scope=scope)),
+            ("find_sources", partial(find_sources, modules=modules, scope=scope)),
             ("splice", partial(splice, target=_seed_target, alpha=_ALPHA, gate=_GATE)),
         ],
         check,
