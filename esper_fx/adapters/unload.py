@@ -15,7 +15,8 @@ _NOT_THERE = (Stage.DORMANT, Stage.EMBARGOED, Stage.ERROR)
 def unload_adapter(model: MorphableModel, sites: Iterable[str] | None = None) -> list[str]:
     """Silence the seeds that are LoRA at once; their bodies go in one step, and their sites are free again without embargo.
 
-    Another adapter may be loaded after that step: run the model, or call ``model.settle()``.
+    Another adapter may be loaded after that step. Without compiled programs it is over when this returns; with them it comes
+    when there are kernels without the bodies: ``model.settle()`` waits for it.
 
     Args:
         model: A morphed model.

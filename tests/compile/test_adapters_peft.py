@@ -1,4 +1,8 @@
-"""Adapters against PEFT itself, both ways: outputs within 1e-6, gradients within 1e-5. Here because PEFT imports slowly."""
+"""Adapters against PEFT itself, both ways: outputs within 1e-6, gradients within 1e-5.
+
+PEFT and transformers take seconds to import: that is why this is not in the fast lane, and why they are imported by the tests
+and not by the file, which every lane collects.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
-import transformers
 from torch import Tensor, nn
 
 import esper_fx
@@ -23,7 +25,9 @@ def _fixed_seed() -> None:
     torch.manual_seed(0)
 
 
-def llama(kind: type[Any] = transformers.LlamaModel) -> tuple[nn.Module, Tensor]:
+def llama(kind: str = "LlamaModel") -> tuple[nn.Module, Tensor]:
+    import transformers
+
     config = transformers.LlamaConfig(
         vocab_size=32,
         hidden_size=16,
@@ -35,10 +39,12 @@ def llama(kind: type[Any] = transformers.LlamaModel) -> tuple[nn.Module, Tensor]
         bos_token_id=None,
         eos_token_id=None,
     )
-    return kind(config), torch.randint(32, (2, 5))
+    return getattr(transformers, kind)(config), torch.randint(32, (2, 5))
 
 
 def gpt2() -> tuple[nn.Module, Tensor]:
+    import transformers
+
     config = transformers.GPT2Config(
         vocab_size=32,
         n_positions=16,
@@ -138,12 +144,21 @@ each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 def trained(net: nn.Module, config: dict[str, Any]) -> Any:
     """PEFT's model of a copy of a network, with matrices that are not zero."""
+    import peft
+
     model = peft.get_peft_model(copy.deepcopy(net), peft.LoraConfig(**config))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.normal_(std=0.2)
     return model
+
+
+def in_peft(net: nn.Module, folder: Path) -> Any:
+    """PEFT's model of a copy of a network with the adapter in a folder."""
+    import peft
+
+    return peft.PeftModel.from_pretrained(copy.deepcopy(net), str(folder))
 
 
 def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
@@ -195,7 +210,7 @@ def test_an_adapter_that_is_saved_computes_the_same_in_peft(case: Case, tmp_path
     esper_fx.load_adapter(model, tmp_path / "first", alpha=0.75)
     saved = esper_fx.save_adapter(model, tmp_path / "second")
     assert saved == esper_fx.adapter_modules(tmp_path / "first")
-    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(net), str(tmp_path / "second"))
+    theirs = in_peft(net, tmp_path / "second")
     model.eval()
     torch.testing.assert_close(run(theirs, x), run(model, x), rtol=1e-6, atol=1e-6)
     assert not torch.allclose(run(model, x), run(net.eval(), x), atol=1e-4)
@@ -219,14 +234,14 @@ def test_grown_seeds_of_all_ranks_and_names_that_are_ends_of_others_are_saved_fo
     assert model.seeds["2"].alpha == pytest.approx(0.6)
     for sites in (["0"], ["0", "2"]):
         esper_fx.save_adapter(model, tmp_path, sites=sites)
-        theirs = peft.PeftModel.from_pretrained(copy.deepcopy(net), str(tmp_path))
+        theirs = in_peft(net, tmp_path)
         layers = [name for name, _ in theirs.named_modules() if name.endswith(".lora_A")]
         assert layers == [f"base_model.model.{site}.lora_A" for site in sites]
     torch.testing.assert_close(theirs(x), model(x), rtol=1e-6, atol=1e-6)
 
 
 def test_an_adapter_of_a_wrapper_goes_onto_the_model_inside_and_back(tmp_path: Path) -> None:
-    net, ids = llama(transformers.LlamaForCausalLM)
+    net, ids = llama("LlamaForCausalLM")
     theirs = trained(net, {"r": 2, **LLAMA})
     theirs.save_pretrained(tmp_path / "first")
     model = esper_fx.morph(net.model, sites=["**.*_proj"], example_inputs=arguments(ids))
@@ -234,7 +249,7 @@ def test_an_adapter_of_a_wrapper_goes_onto_the_model_inside_and_back(tmp_path: P
     torch.testing.assert_close(run(model, ids), run(theirs.base_model.model.model, ids), rtol=1e-6, atol=1e-6)
     assert not torch.allclose(run(model, ids), run(net.model, ids), atol=1e-4)
     esper_fx.save_adapter(model, tmp_path / "second", prefix="model")
-    back = peft.PeftModel.from_pretrained(copy.deepcopy(net), str(tmp_path / "second"))
+    back = in_peft(net, tmp_path / "second")
     torch.testing.assert_close(run(back, ids), run(theirs.eval(), ids), rtol=1e-6, atol=1e-6)
 
 
@@ -263,6 +278,8 @@ def test_dropout_is_drawn_where_peft_draws_it(tmp_path: Path) -> None:
     ],
 )
 def test_what_peft_writes_of_other_kinds_is_refused(tmp_path: Path, config: dict[str, Any], wording: str) -> None:
+    import peft
+
     net = Perceptron()
     peft.get_peft_model(copy.deepcopy(net), peft.LoraConfig(r=2, target_modules=["first"], **config)).save_pretrained(
         tmp_path
@@ -274,6 +291,8 @@ def test_what_peft_writes_of_other_kinds_is_refused(tmp_path: Path, config: dict
 
 
 def test_embeddings_and_other_methods_are_refused(tmp_path: Path) -> None:
+    import peft
+
     net = nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 4))
     peft.get_peft_model(net, peft.LoraConfig(target_modules=["0", "1"])).save_pretrained(tmp_path / "embedding")
     with pytest.raises(esper_fx.AdapterError, match="LoRA of an embedding, which is not supported"):
