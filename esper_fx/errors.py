@@ -50,6 +50,18 @@ class StoreError(EsperError, OSError):
     """An artifact store's folder cannot be used."""
 
 
+class AdapterError(EsperError, ValueError):
+    """An adapter cannot be loaded or saved as asked."""
+
+
+class AdapterFileError(AdapterError, OSError):
+    """A file of an adapter is missing or cannot be read."""
+
+
+class MissingDependencyError(EsperError, ImportError):
+    """A package is needed that is not installed."""
+
+
 class OptimizerError(EsperError, ValueError):
     """An optimizer cannot be attached to this model."""
 

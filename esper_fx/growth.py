@@ -8,9 +8,9 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -48,9 +48,28 @@ class Morphology:
         return "{" + ", ".join(f"{site}: {blueprint}" for site, blueprint in rows) + "}"
 
 
+@dataclass(frozen=True, eq=False)
+class Order:
+    """A germination that is asked for; see :meth:`KasminaSeed.germinate`.
+
+    Attributes:
+        trainable: Whether the body's parameters get gradients.
+    """
+
+    seed: KasminaSeed
+    blueprint: str
+    config: Mapping[str, Any]
+    weights: Mapping[str, Tensor] | None = None
+    alpha: float | None = None
+    trainable: bool = True
+
+
 @dataclass(eq=False)
 class _Change:
-    """A change of the morphology that is on its way: a seed's body comes (with its germination) or goes."""
+    """A change of the morphology that is on its way: a seed's body comes (with its germination) or goes.
+
+    Changes of one group go live in one step, or fail, together; they stand next to each other in the queue.
+    """
 
     seed: KasminaSeed
     germination: Germination | None
@@ -58,6 +77,7 @@ class _Change:
     error: BaseException | None = None
     ready: bool = False
     tried: bool = False
+    group: object = field(default_factory=object)
 
 
 class Growth:
@@ -133,36 +153,61 @@ class Growth:
         config: Mapping[str, Any],
     ) -> Germination:
         """See :meth:`KasminaSeed.germinate`."""
+        (germination,) = self.germinate_together([Order(seed, blueprint, config, weights, alpha)])
+        return germination
+
+    def germinate_together(self, orders: Sequence[Order]) -> list[Germination]:
+        """Germinate several seeds, of which all go live in one step or, where one cannot, none.
+
+        Raises:
+            EsperError: As for one seed; nothing has changed then, at any of them.
+        """
         started = time.perf_counter()
         with self.lock:
-            check_transition(seed.name, seed.stage, Stage.GERMINATING)
-            kind = blueprints.get(blueprint)
-            site = seed.site
-            reason = kind.fits(site)
-            if reason is not None:
-                fitting = ", ".join(seed.fits()) or "none"
-                raise BlueprintError(
-                    f"blueprint {blueprint!r} does not fit site {seed.name!r}: {reason}. It fits: {fitting}"
-                )
-            number = int(self.state.read("germinations", seed.index))
-            body = kind.build(site, config, seed=_body_seed(self.model_seed, seed.name, number))
-            _validate_once(kind, body, site, config)
-            if weights is not None:
-                _load_weights(body, weights, blueprint, seed.name)
-            body.train(seed.training)
-            if alpha is None:
-                alpha = 1.0 if weights is not None else settings().incubation_alpha
-            target = Stage.INCUBATING if weights is None else Stage.ACTIVE
-            self.state.write(seed.index, alpha=alpha, gate=float(target is Stage.ACTIVE), germinations=number + 1)
-            seed.set_body(body, blueprint, kind.bind(config))
-            seed.error = None
-            self._move(seed, Stage.GERMINATING, f"germinated as {blueprint}")
-            if self.attachment is not None:
-                self.attachment.join(seed)
-            germination = Germination(seed)
-            self._enqueue(_Change(seed, germination, target))
+            bodies = [self._build_body(order) for order in orders]
+            group = object()
+            changes = []
+            for order, body in zip(orders, bodies, strict=True):
+                target = Stage.INCUBATING if order.weights is None else Stage.ACTIVE
+                self._plant(order, body, target)
+                changes.append(_Change(order.seed, Germination(order.seed), target, group=group))
+            self._enqueue(*changes)
         self._host += time.perf_counter() - started
-        return germination
+        return [change.germination for change in changes if change.germination is not None]
+
+    def _build_body(self, order: Order) -> nn.Module:
+        """The body that is asked for; changes nothing."""
+        seed, config = order.seed, order.config
+        check_transition(seed.name, seed.stage, Stage.GERMINATING)
+        kind = blueprints.get(order.blueprint)
+        site = seed.site
+        reason = kind.fits(site)
+        if reason is not None:
+            fitting = ", ".join(seed.fits()) or "none"
+            raise BlueprintError(
+                f"blueprint {order.blueprint!r} does not fit site {seed.name!r}: {reason}. It fits: {fitting}"
+            )
+        number = int(self.state.read("germinations", seed.index))
+        body = kind.build(site, config, seed=_body_seed(self.model_seed, seed.name, number))
+        _validate_once(kind, body, site, config)
+        if order.weights is not None:
+            _load_weights(body, order.weights, order.blueprint, seed.name)
+        if not order.trainable:
+            body.requires_grad_(False)
+        return body
+
+    def _plant(self, order: Order, body: nn.Module, target: Stage) -> None:
+        seed, alpha = order.seed, order.alpha
+        body.train(seed.training)
+        if alpha is None:
+            alpha = 1.0 if order.weights is not None else settings().incubation_alpha
+        number = int(self.state.read("germinations", seed.index))
+        self.state.write(seed.index, alpha=alpha, gate=float(target is Stage.ACTIVE), germinations=number + 1)
+        seed.set_body(body, order.blueprint, blueprints.get(order.blueprint).bind(order.config))
+        seed.error = None
+        self._move(seed, Stage.GERMINATING, f"germinated as {order.blueprint}")
+        if self.attachment is not None:
+            self.attachment.join(seed)
 
     def blend(self, seed: KasminaSeed, *, to: float, steps: int, schedule: str) -> None:
         """See :meth:`KasminaSeed.blend`."""
@@ -181,10 +226,28 @@ class Growth:
 
     def prune(self, seed: KasminaSeed, why: str) -> None:
         """See :meth:`KasminaSeed.prune`."""
+        self.prune_together([seed], why)
+
+    def prune_together(self, seeds: Sequence[KasminaSeed], why: str, *, embargo_steps: int | None = None) -> None:
+        """Silence several seeds at once; their bodies go in one step, so that no kernel is needed for part of them.
+
+        Args:
+            seeds: Each once.
+            why: For the ledger.
+            embargo_steps: Clock ticks that their sites stay closed. Default: as in the settings.
+
+        Raises:
+            LifecycleError: One of them cannot be pruned; nothing has changed then, at any of them.
+        """
         started = time.perf_counter()
+        steps = settings().embargo_steps if embargo_steps is None else embargo_steps
         with self.lock:
-            check_transition(seed.name, seed.stage, Stage.EMBARGOED)
-            self._embargo(seed, why)
+            for seed in seeds:
+                check_transition(seed.name, seed.stage, Stage.EMBARGOED)
+            group = object()
+            self._enqueue(
+                *[_Change(s, None, Stage.EMBARGOED, group=group) for s in seeds if self._embargo(s, why, steps)]
+            )
         self._host += time.perf_counter() - started
 
     def fail(self, seed: KasminaSeed, error: BaseException) -> None:
@@ -194,12 +257,13 @@ class Growth:
             count = int(self.state.read("error_count", seed.index))
             self.state.write(seed.index, alpha=0.0, gate=0.0, error_count=count + 1)
             self._move(seed, Stage.ERROR, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
-            self._embargo(seed, "quarantined after an error")
+            if self._embargo(seed, "quarantined after an error", settings().embargo_steps):
+                self._enqueue(_Change(seed, None, Stage.EMBARGOED))
 
-    def _embargo(self, seed: KasminaSeed, why: str) -> None:
+    def _embargo(self, seed: KasminaSeed, why: str, steps: int) -> bool:
+        """Silence a seed and close its site; returns whether it has a live body, which must then go at a step boundary."""
         coming = next((c for c in self._pending if c.seed is seed), None)
-        until = self.clock + settings().embargo_steps
-        self.state.write(seed.index, alpha=0.0, gate=0.0, embargo_until=until)
+        self.state.write(seed.index, alpha=0.0, gate=0.0, embargo_until=self.clock + steps)
         self._move(seed, Stage.EMBARGOED, why)
         if self.attachment is not None:
             self.attachment.leave(seed)
@@ -208,11 +272,10 @@ class Growth:
             if coming.germination is not None:
                 error = seed.error or GerminationError(f"site {seed.name!r} was pruned before its body was live")
                 coming.germination.settle(error)
-        if seed.live:
-            self._enqueue(_Change(seed, None, Stage.EMBARGOED))
-        else:
+        if not seed.live:
             seed.set_body(None, None, {})
             self._release(self.clock)
+        return seed.live
 
     def _move(self, seed: KasminaSeed, to: Stage, why: str) -> None:
         frm = seed.stage
@@ -290,11 +353,14 @@ class Growth:
             self._boundary_work = False
             while self._pending and self._pending[0].ready:
                 change = self._pending[0]
+                together = self._together_with(change)
                 if change.error is None and not self._can_run(self._live_after(change)):
-                    change.ready = False  # a program has come meanwhile
+                    for member in together:
+                        member.ready = False  # a program has come meanwhile
                     break
-                self._pending.pop(0)
-                self._commit(change)
+                del self._pending[: len(together)]
+                for member in together:
+                    self._commit(member)
             live = self._live()
             self.swaps += sum(program.activate(live) for program in list(self.programs))
             self.kick()
@@ -315,45 +381,55 @@ class Growth:
             seed.set_body(None, None, {})
             self._release(self.clock)
 
-    def run_seed(self, site: int, x: Tensor, alpha: Tensor, gate: Tensor) -> Tensor:
+    def run_seed(self, site: int, x: Tensor, alpha: Tensor, gate: Tensor, source: Tensor | None = None) -> Tensor:
         """Run a seed eagerly, for a program that is not compiled."""
         seed = self.by_index[site]
         if not seed.live or seed.body is None:
             return x
-        return ops.seed_forward(x, seed.body, alpha[site].clone(), gate[site].clone())
+        return ops.seed_forward(x, seed.body, alpha[site].clone(), gate[site].clone(), source)
 
     # Getting kernels ready.
 
     def _live(self) -> set[KasminaSeed]:
         return {seed for seed in self.by_index if seed.live}
 
-    def _live_after(self, last: _Change) -> set[KasminaSeed]:
+    def _together_with(self, change: _Change) -> list[_Change]:
+        return [member for member in self._pending if member.group is change.group]
+
+    def _live_after(self, change: _Change) -> set[KasminaSeed]:
         live = self._live()
-        for change in self._pending:
-            if change.error is None:
-                (live.add if change.germination is not None else live.discard)(change.seed)
-            if change is last:
+        last = self._together_with(change)[-1]
+        for member in self._pending:
+            if member.error is None:
+                (live.add if member.germination is not None else live.discard)(member.seed)
+            if member is last:
                 break
         return live
 
     def _can_run(self, live: set[KasminaSeed]) -> bool:
         return all(program.can_run(live) for program in list(self.programs))
 
-    def _enqueue(self, change: _Change) -> None:
-        """Queue a change; if everything for it is there already, the next step boundary makes it live."""
-        self._pending.append(change)
+    def _enqueue(self, *group: _Change) -> None:
+        """Queue changes of one group; if everything for them is there already, the next step boundary makes them live."""
+        if not group:
+            return
+        waiting = list(self._pending)
+        self._pending += group
         if not self.programs:
-            change.ready = True
+            for change in group:
+                change.ready = True
             self.apply()
             return
-        if all(c.ready for c in self._pending[:-1]) and self._can_run(self._live_after(change)):
-            self._stage(change)
+        if all(c.ready for c in waiting) and self._can_run(self._live_after(group[0])):
+            self._stage(group[0])
         self.kick()
 
     def _stage(self, change: _Change) -> None:
-        change.ready = True
-        if change.germination is not None:
-            change.germination.mark_ready()
+        for member in self._together_with(change):
+            member.ready = True
+            member.error = change.error
+            if member.germination is not None:
+                member.germination.mark_ready()
         self._boundary_work = True
 
     def kick(self) -> None:
@@ -369,7 +445,9 @@ class Growth:
         """
         waiting: list[Future[Any]] = []
         with self.lock:
-            pending = [(change, self._live_after(change)) for change in self._pending]
+            first_of_groups = {change.group: change for change in reversed(self._pending)}
+            heads = [change for change in self._pending if first_of_groups[change.group] is change]
+            pending = [(change, self._live_after(change)) for change in heads]
             programs = list(self.programs)
             live = self._live()
         for change, after in pending:
@@ -395,7 +473,7 @@ class Growth:
             if change not in self._pending:
                 return []
             if error is not None:
-                change.error = GerminationError(f"the body at site {change.seed.name!r} has no kernel: {error}")
+                change.error = GerminationError(f"{_bodies(self._together_with(change))} no kernel: {error}")
                 change.error.__cause__ = error
             if error is not None or not missing:
                 self._stage(change)
@@ -451,6 +529,11 @@ class Growth:
                     if seed.live and seed.blueprint is not None
                 )
             )
+
+
+def _bodies(changes: Sequence[_Change]) -> str:
+    names = ", ".join(repr(change.seed.name) for change in changes)
+    return f"the body at site {names} has" if len(changes) == 1 else f"the bodies at sites {names} have"
 
 
 def _body_seed(model_seed: int, site: str, number: int) -> int:

@@ -19,6 +19,7 @@ from esper_fx.original import Footprint, Original, Swap, additions, footprint, o
 from esper_fx.passes.auto_sites import MAX_SITES, auto_sites
 from esper_fx.passes.check import check
 from esper_fx.passes.find_sites import Sites, chosen, find_sites, no_match_message
+from esper_fx.passes.find_sources import find_sources
 from esper_fx.passes.flow import observe, of_graph
 from esper_fx.passes.pipeline import Draft, PassRecord, Pipeline
 from esper_fx.passes.splice import splice
@@ -169,7 +170,9 @@ def morph(
     growth.by_index = [KasminaSeed(name, i, growth, modules.get(name)) for i, name in enumerate(names)]
     growth.seeds = {item.name: item for item in growth.by_index}
     growth.state.to(next((t.device for t in (*net.parameters(), *net.buffers())), torch.device("cpu")))
-    branch = _branch(growth)
+    branch = _branch(growth).train(root.training)
+    for item in growth.by_index:
+        item.train(modules.get(item.name, root).training)
     graphs = {
         scope: _adopt(scope, draft, branch)
         for scope, draft in drafts.items()
@@ -272,6 +275,7 @@ def morph_pipeline(sites: Sites, modules: Mapping[str, nn.Module], scope: str = 
         [
             ("trace", trace),
             ("find_sites", partial(find_sites, sites=sites, modules=modules, scope=scope)),
+            ("find_sources", partial(find_sources, modules=modules, scope=scope)),
             ("splice", partial(splice, target=_seed_target, alpha=_ALPHA, gate=_GATE)),
         ],
         check,

@@ -95,13 +95,13 @@ class Attachment:
             growth.attachment = None
 
     def join(self, seed: KasminaSeed) -> None:
-        """Add the parameters of a seed's body to their group."""
+        """Add the parameters of a seed's body to their group; those that get no gradient stay outside."""
         optimizer = self.optimizer
         if optimizer is None or seed.body is None:
             return
         present = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         group = self._own if self._own is not None else self._group_of(seed, optimizer)
-        group["params"].extend(p for p in seed.body.parameters() if id(p) not in present)
+        group["params"].extend(p for p in seed.body.parameters() if p.requires_grad and id(p) not in present)
 
     def leave(self, seed: KasminaSeed) -> None:
         """Remove the parameters of a seed's body together with their state."""

@@ -1,4 +1,4 @@
-"""Trace a module's forward into a torch.fx graph, remembering what every submodule returned."""
+"""Trace a module's forward into a torch.fx graph, remembering what every submodule was given and returned."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class TraceError(MorphError):
 
 
 class SiteTracer(fx.Tracer):
-    """Symbolic tracer that keeps library layers as leaves and notes each submodule's return value.
+    """Symbolic tracer that keeps library layers as leaves and notes what each submodule is given and returns.
 
     A module whose code tracing would misread (see ``hazards``) is kept as a leaf too.
 
@@ -30,6 +30,7 @@ class SiteTracer(fx.Tracer):
         super().__init__()
         self.outputs: dict[str, list[Any]] = {}
         self._absent = absent
+        self.inputs: dict[str, list[Any]] = {}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return super().is_leaf_module(m, module_qualified_name) or has_own_call(m) or hazard(m) is not None
@@ -41,6 +42,8 @@ class SiteTracer(fx.Tracer):
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         result = super().call_module(m, forward, args, kwargs)
         self.outputs.setdefault(self.path_of_module(m), []).append(result)
+        given = (value for value in (*args, *kwargs.values()) if isinstance(value, fx.Proxy))
+        self.inputs.setdefault(self.path_of_module(m), []).append(next(given, None))
         return result
 
 
@@ -52,7 +55,7 @@ def has_own_call(module: nn.Module) -> bool:
 
 
 def trace(draft: Draft) -> bool:
-    """Trace ``draft.root`` and fill ``graph``, ``original`` and ``outputs``.
+    """Trace ``draft.root`` and fill ``graph``, ``original``, ``outputs`` and ``inputs``.
 
     Raises:
         TraceError: The forward cannot be traced symbolically, or its graph would not compute the same for every call; the
@@ -81,6 +84,11 @@ def trace(draft: Draft) -> bool:
         name: [fx.node.map_aggregate(value, _node_of) for value in values] for name, values in tracer.outputs.items()
     }
     draft.outputs[""] = [output.args[0]]
+    draft.inputs = {
+        name: [value.node if isinstance(value, fx.Proxy) else None for value in values]
+        for name, values in tracer.inputs.items()
+    }
+    draft.inputs[""] = [next((node for node in graph.nodes if node.op == "placeholder"), None)]
     return True
 
 

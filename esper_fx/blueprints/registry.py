@@ -16,6 +16,7 @@ from torch import nn
 
 from esper_fx.blueprints.cost import Cost, measure
 from esper_fx.errors import BlueprintError, UnknownBlueprintError
+from esper_fx.ops import reads_source
 from esper_fx.site import SiteSpec
 
 BuildFunction = TypeVar("BuildFunction", bound=Callable[..., nn.Module])
@@ -117,6 +118,11 @@ class Blueprint:
         if not isinstance(body, nn.Module):
             raise BlueprintError(
                 f"blueprint {self.name!r} returned {type(body).__name__} for site {site.name!r}: expected an nn.Module"
+            )
+        if reads_source(body) and site.source is None:
+            raise BlueprintError(
+                f"blueprint {self.name!r} built a body that reads the input of the module at its site, which is not known of "
+                f"site {site.name!r}: expected the output of a linear map or a convolution"
             )
         with torch.inference_mode(False):
             return body.to(site.device, site.dtype)

@@ -17,6 +17,7 @@ from esper_fx.engine.build import Ambient
 from esper_fx.engine.plan import Assignment, Executable, Layout, Plan, Slot
 from esper_fx.engine.region import Variant
 from esper_fx.engine.service import Service, service
+from esper_fx.errors import BlueprintError
 from esper_fx.passes.propagate import is_seed
 from esper_fx.passes.record import BodyGraph, body_signature, record
 from esper_fx.settings import settings
@@ -123,7 +124,8 @@ class SizedProgram:
         self.seeds = [by_handle[slot.model].by_index[slot.site] for slot in self.layout.slots]
         self._slots = list(zip(self.seeds, self.layout.slots, strict=True))
         for seed, slot in self._slots:
-            seed.note_value(slot.value.shape, slot.value.dtype, slot.value.device)
+            source = slot.source.shape if slot.source is not None else None
+            seed.note_value(slot.value.shape, slot.value.dtype, slot.value.device, source)
         if not self.layout.plans:  # nothing is computed: inputs and constants are handed through
             self.layout = None
             return
@@ -248,12 +250,16 @@ _records: dict[tuple[Any, ...], BodyGraph] = {}
 
 def _known_record(seed: KasminaSeed, slot: Slot) -> BodyGraph | None:
     """The graph of a seed's body for a slot if an equal body was recorded before."""
-    known = seed.recorded.get((slot.value, slot.training))
-    if known is None and seed.body is not None:
-        signature = body_signature(seed.body)
-        known = _records.get((signature, slot.value, slot.training)) if signature is not None else None
+    body = seed.body
+    given = None if body is None else slot.input_of(body)
+    if body is None or given is None:
+        return None
+    known = seed.recorded.get((given, slot.training))
+    if known is None:
+        signature = body_signature(body)
+        known = _records.get((signature, given, slot.training)) if signature is not None else None
         if known is not None:
-            seed.recorded[slot.value, slot.training] = known
+            seed.recorded[given, slot.training] = known
     return known
 
 
@@ -264,11 +270,16 @@ def _record(seed: KasminaSeed, slot: Slot) -> BodyGraph:
         body = seed.body
         if body is None:
             raise RuntimeError(f"the seed at {seed.name!r} has lost its body meanwhile")
-        known = record(body, slot.value, training=slot.training)
+        given = slot.input_of(body)
+        if given is None:
+            raise BlueprintError(
+                f"the body at site {seed.name!r} reads its module's input, which this program does not hand over"
+            )
+        known = record(body, given, training=slot.training)
         signature = body_signature(body)
         if signature is not None:
-            _records[signature, slot.value, slot.training] = known
-        seed.recorded[slot.value, slot.training] = known
+            _records[signature, given, slot.training] = known
+        seed.recorded[given, slot.training] = known
     return known
 
 

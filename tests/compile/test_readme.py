@@ -12,7 +12,9 @@ import torch
 
 import esper_fx
 from esper_fx import Stage
+from tests.support.adapters import write_checkpoint
 from tests.support.growing import grow
+from tests.support.linear_kinds import matrices, with_lora
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
@@ -61,3 +63,22 @@ def test_the_example_of_going_back_saves_what_has_grown(tmp_path: Path, monkeypa
     assert len(list(names["small"].grown.children())) == 1
     outcomes = [site["outcome"] for site in json.loads(Path("lineage.json").read_text(encoding="utf-8"))["sites"]]
     assert outcomes == ["module grown.site_0", "module grown.site_1"]
+
+
+def test_the_example_of_adapters_swaps_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    net, x = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3)), torch.randn(4, 6)
+    adapters = {
+        folder: {site: matrices(net.get_submodule(site), 2, seed=seed + int(site)) for site in ("0", "2")}
+        for seed, folder in enumerate(("summaries", "questions"))
+    }
+    for folder, loras in adapters.items():
+        write_checkpoint(tmp_path / folder, loras, lora_alpha=2)
+    source = next(example for example in EXAMPLES if "load_adapter" in example)
+    names: dict[str, Any] = {"esper_fx": esper_fx, "torch": torch, "net": net, "x": x}
+    exec(source, names)
+    torch.testing.assert_close(names["summary"], with_lora(net, adapters["summaries"])(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(names["answer"], with_lora(net, adapters["questions"])(x), rtol=1e-5, atol=1e-5)
+    assert names["model"].stats().recompiles == 0
+    assert esper_fx.adapter_modules("copy") == ["0", "2"]

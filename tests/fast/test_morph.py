@@ -313,7 +313,7 @@ def test_without_example_inputs_a_site_is_known_after_the_first_call() -> None:
 
 def test_the_passes_that_ran_are_on_record() -> None:
     model = esper_fx.morph(Tied(), sites="embed")
-    assert [record.name for record in model.pass_records] == ["trace", "find_sites", "splice"]
+    assert [record.name for record in model.pass_records] == ["trace", "find_sites", "find_sources", "splice"]
     assert all(record.changed and record.seconds >= 0 for record in model.pass_records)
     assert "esper_seeds_embed" in str(model.graph)
 
