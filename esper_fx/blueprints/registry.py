@@ -174,6 +174,9 @@ def blueprint(
     The function takes a `SiteSpec` first, and its parameters by name. It returns a module that maps ``x`` to a delta of
     the same shape and dtype, which is zero at birth: zero-initialise the last layer, and only the last.
 
+    A module with an attribute ``reads_source`` that is true is given the source of the value instead, which is the input of
+    the linear map or convolution at the site (``site.source``); its delta is still one of the value.
+
     Args:
         name: Name to germinate it by.
         fits: Says why a site cannot take the body, or None if it can.

@@ -591,3 +591,17 @@ def test_a_live_seed_reads_the_source_in_its_region_and_a_dormant_one_nothing(li
     torch.testing.assert_close(value.grad, upstream)
     expected = 0.25 * 2.0 * 0.5 * upstream @ body.up.weight @ body.down.weight
     torch.testing.assert_close(origin.grad, expected if live else None)
+
+
+def test_a_slot_knows_the_value_and_the_source_and_hands_each_body_what_it_reads() -> None:
+    graph = fx.Graph()
+    x, weight = graph.placeholder("x"), graph.placeholder("weight")
+    product = graph.call_function(torch.matmul, (x, weight))
+    graph.output((graph.call_function(SEED, (product, product, product, 5, 3, True, x)),))
+    inputs = [torch.randn(2, 3), torch.randn(3, 4)]
+    (slot,) = Layout(fx.GraphModule(nn.Module(), graph), inputs, Ambient.current(), blocks=False).slots
+    assert (slot.model, slot.site, slot.training) == (5, 3, True)
+    assert slot.source is not None
+    assert (slot.value.shape, slot.source.shape) == ((2, 4), (2, 3))
+    assert slot.input_of(_Body(False)) == slot.value
+    assert slot.input_of(_Body(True)) == slot.source
