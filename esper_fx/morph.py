@@ -72,7 +72,7 @@ class MorphableModel(nn.Module):
     @property
     def pending(self) -> bool:
         """Whether a change or a better plan is on its way."""
-        return self.growth.pending
+        return self.growth.changes.pending
 
     @property
     def graph(self) -> fx.Graph:
@@ -95,7 +95,7 @@ class MorphableModel(nn.Module):
         Returns:
             False if ``timeout`` seconds passed first.
         """
-        return self.growth.settle(timeout)
+        return self.growth.changes.settle(timeout)
 
     def stats(self) -> EngineStats:
         """What the engine has done for this model."""
@@ -103,7 +103,7 @@ class MorphableModel(nn.Module):
 
     def reset_stats(self) -> None:
         """Begin to count anew what :meth:`stats` counts for this model; the caches' own statistics go on."""
-        self.growth.reset_stats()
+        self.growth.changes.reset_stats()
 
 
 def morph(
@@ -189,7 +189,7 @@ _RESERVED = (
 
 def _before_eager_forward(model: nn.Module, args: Any) -> None:
     if not torch.compiler.is_compiling():
-        model.growth.begin_eager_forward()  # type: ignore[union-attr,operator]
+        model.growth.changes.begin_eager_forward()  # type: ignore[union-attr,operator]
 
 
 def _replica(net: nn.Module) -> nn.Module:

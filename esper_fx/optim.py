@@ -74,7 +74,7 @@ class Attachment:
             if target is not None:
                 started = time.perf_counter()
                 target.tick()
-                target.count_host_time(time.perf_counter() - started)
+                target.changes.count_host_time(time.perf_counter() - started)
 
         self._hook = optimizer.register_step_post_hook(tick)
         model.growth.attachment = self

@@ -40,7 +40,7 @@ class Germination:
 
         On the thread that runs the model the switch is made here, without waiting for the next forward.
         """
-        return self.seed.growth.wait_for(self, timeout)
+        return self.seed.growth.changes.wait_for(self, timeout)
 
     def exception(self, timeout: float | None = 0.0) -> BaseException | None:
         """Why the germination failed, or None if it has not (yet)."""
@@ -51,7 +51,7 @@ class Germination:
         import asyncio
 
         yield from asyncio.to_thread(self._ready.wait).__await__()
-        self.seed.growth.apply_between_steps()
+        self.seed.growth.changes.apply_between_steps()
         yield from asyncio.to_thread(self._done.wait).__await__()
         if self._error is not None:
             raise self._error

@@ -56,7 +56,7 @@ class Program:
     def __call__(self, *args: Any) -> Any:
         started = time.perf_counter()
         for growth in self.growths:
-            growth.enter(self)
+            growth.changes.enter(self)
         sizes = tuple(args[i] for i in self._integers)
         sized = self._sized.get(sizes)
         if sized is None:
@@ -66,7 +66,7 @@ class Program:
         executable = sized.active
         host = time.perf_counter() - started
         for growth in self.growths:
-            growth.count_host_time(host)
+            growth.changes.count_host_time(host)
         return executable(args)
 
     def _first_call(self, sizes: tuple[int, ...], args: Sequence[Any]) -> SizedProgram:
@@ -77,8 +77,8 @@ class Program:
         sized = SizedProgram(self, args, eager=eager)
         self._sized[sizes] = sized
         for growth in self.growths:
-            growth.programs.add(sized)
-            growth.kick()
+            growth.changes.programs.add(sized)
+            growth.changes.kick()
         return sized
 
 

@@ -1,0 +1,270 @@
+"""Changes of a model's morphology on their way: their kernels are got ready, and a step boundary makes them live."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import weakref
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from esper_fx.conductor import Conductor
+from esper_fx.errors import GerminationError
+from esper_fx.lifecycle import Stage
+from esper_fx.seed import Germination, KasminaSeed
+
+if TYPE_CHECKING:
+    from esper_fx.engine.program import Program, SizedProgram
+    from esper_fx.engine.region import Variant
+    from esper_fx.growth import Growth
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class Change:
+    """A change of the morphology that is on its way: a seed's body comes (with its germination) or goes.
+
+    Attributes:
+        seed: Whose body it is.
+        germination: What ``germinate`` returned, or None where the body goes.
+        target: The stage that follows.
+        error: Why its kernels cannot be had.
+        ready: Whether the next step boundary decides it.
+        tried: Whether its kernels have been asked for.
+    """
+
+    seed: KasminaSeed
+    germination: Germination | None
+    target: Stage
+    error: BaseException | None = None
+    ready: bool = False
+    tried: bool = False
+
+
+class Changes:
+    """The queue of one model's changes, and the step boundaries at which they go live.
+
+    The conductor, a coroutine on the engine's thread, gets their kernels ready, in order; a boundary on the training
+    thread makes live what is ready.
+
+    Attributes:
+        programs: The compiled programs that run the model.
+        unfinished: Whether the model is a copy that has yet to take over what was on its way in the original.
+        recompiles: Recompiles by Dynamo.
+        swaps: Times a program switched to another executable.
+        longest_host: Longest time in seconds that the engine took on the training thread in one step.
+    """
+
+    def __init__(self, growth: Growth) -> None:
+        self.programs: weakref.WeakSet[SizedProgram] = weakref.WeakSet()
+        self.unfinished = False
+        self.recompiles = 0
+        self.swaps = 0
+        self.longest_host = 0.0
+        self._growth = growth
+        self._lock = growth.lock
+        self._pending: list[Change] = []
+        self._boundary_work = False
+        self._host = 0.0
+        self._epoch = 0
+        self._thread: int | None = None
+        self._conductor = Conductor(self)
+
+    # Step boundaries, on the thread that runs the model.
+
+    def enter(self, program: Program) -> None:
+        """A program is about to run: a step begins if it has run in this step already."""
+        self._thread = threading.get_ident()
+        handle = self._growth.handle
+        if program.epochs[handle] == self._epoch:
+            self._epoch += 1
+            self.begin_step()
+        program.epochs[handle] = self._epoch
+
+    def begin_step(self) -> None:
+        """A step boundary: make live what is ready, and let the clock tick where no optimizer does."""
+        self.longest_host = max(self.longest_host, self._host)
+        self._host = 0.0
+        started = time.perf_counter()
+        if self.unfinished:
+            self._finish_copy()
+        if self._boundary_work:
+            self.apply()
+        if self._growth.attachment is None:
+            self._growth.tick()
+        self._host += time.perf_counter() - started
+
+    def begin_eager_forward(self) -> None:
+        """The model is called without a compiled program."""
+        self._thread = threading.get_ident()
+        self.begin_step()
+
+    def reset_stats(self) -> None:
+        """Begin to count anew."""
+        self.recompiles = self.swaps = 0
+        self.longest_host = self._host = 0.0
+
+    def count_host_time(self, seconds: float) -> None:
+        """Time that the engine itself took on the training thread in this step."""
+        self._host += seconds
+
+    def apply_between_steps(self) -> None:
+        """Make live what is ready if the calling thread is the one that runs the model."""
+        if self._thread is None or self._thread == threading.get_ident():
+            self.apply()
+
+    def apply(self) -> None:
+        """Make live what is ready; the calling thread must be between two steps."""
+        with self._lock:
+            self._boundary_work = False
+            while self._pending and self._pending[0].ready:
+                change = self._pending[0]
+                if change.error is None and not self._can_run(self._live_after(change)):
+                    change.ready = False  # a program has come meanwhile
+                    break
+                self._pending.pop(0)
+                self._growth.commit(change)
+            live = self._live()
+            self.swaps += sum(program.activate(live) for program in list(self.programs))
+            self.kick()
+
+    def _finish_copy(self) -> None:
+        """A copy of a model takes over the changes that were on their way in the original."""
+        self.unfinished = False
+        for seed in self._growth.by_index:
+            if seed.stage == Stage.GERMINATING:
+                self.add(Change(seed, Germination(seed), Stage.INCUBATING))
+            elif seed.stage == Stage.EMBARGOED and seed.live:
+                self.add(Change(seed, None, Stage.EMBARGOED))
+
+    # The queue.
+
+    def add(self, change: Change) -> None:
+        """Queue a change; if everything for it is there already, the next step boundary makes it live."""
+        self._pending.append(change)
+        if not self.programs:
+            change.ready = True
+            self.apply()
+            return
+        if all(c.ready for c in self._pending[:-1]) and self._can_run(self._live_after(change)):
+            self._stage(change)
+        self.kick()
+
+    def withdraw(self, seed: KasminaSeed) -> Change | None:
+        """Take the change that is on its way for a seed out of the queue, if there is one."""
+        change = next((c for c in self._pending if c.seed is seed), None)
+        if change is not None:
+            self._pending.remove(change)
+        return change
+
+    def _stage(self, change: Change) -> None:
+        change.ready = True
+        if change.germination is not None:
+            change.germination.mark_ready()
+        self._boundary_work = True
+
+    def _live(self) -> set[KasminaSeed]:
+        return {seed for seed in self._growth.by_index if seed.live}
+
+    def _live_after(self, last: Change) -> set[KasminaSeed]:
+        live = self._live()
+        for change in self._pending:
+            if change.error is None:
+                (live.add if change.germination is not None else live.discard)(change.seed)
+            if change is last:
+                break
+        return live
+
+    def _can_run(self, live: set[KasminaSeed]) -> bool:
+        return all(program.can_run(live) for program in list(self.programs))
+
+    # Getting kernels ready.
+
+    def kick(self) -> None:
+        """Let the conductor look at what there is to do."""
+        if self.programs:
+            self._conductor.kick(next(iter(self.programs)).service)
+
+    def work(self) -> list[Future[Any]]:
+        """One round of the conductor: ask for kernels that are missing, stage changes that are ready.
+
+        Returns:
+            What to wait for before the next round; empty when nothing is left to do.
+        """
+        waiting: list[Future[Any]] = []
+        with self._lock:
+            pending = [(change, self._live_after(change)) for change in self._pending]
+            programs = list(self.programs)
+            live = self._live()
+        for change, after in pending:
+            if not change.ready:
+                waiting += self._prepare(change, after, programs)
+        if not pending:
+            for program in programs:
+                waiting += self._improve(program, live)
+        return waiting
+
+    def _prepare(self, change: Change, live: set[KasminaSeed], programs: list[SizedProgram]) -> list[Future[Any]]:
+        """Get the kernels for one change; stage it when they are there, or when they cannot be had."""
+        error: BaseException | None = None
+        missing: list[Variant] = []
+        try:
+            for program in programs:
+                missing += program.request(live, urgent=True, retry=not change.tried)
+            change.tried = True
+            error = next((variant.error for variant in missing if variant.error is not None), None)
+        except Exception as problem:
+            error = problem
+        with self._lock:
+            if change not in self._pending:
+                return []
+            if error is not None:
+                change.error = GerminationError(f"the body at site {change.seed.name!r} has no kernel: {error}")
+                change.error.__cause__ = error
+            if error is not None or not missing:
+                self._stage(change)
+        return [variant.future for variant in missing if variant.future is not None and error is None]
+
+    def _improve(self, program: SizedProgram, live: set[KasminaSeed]) -> list[Future[Any]]:
+        """Get all plans for the morphology of now ready; the next boundary switches to a better one."""
+        try:
+            missing = program.request(live, urgent=False, retry=False)
+        except Exception as error:
+            logger.warning("a plan could not be prepared: %s", error)
+            return []
+        with self._lock:
+            if live == self._live() and program.has_better(live):
+                self._boundary_work = True
+        return [variant.future for variant in missing if variant.future is not None and variant.error is None]
+
+    # Waiting.
+
+    @property
+    def pending(self) -> bool:
+        """Whether a change or a better plan is on its way."""
+        return bool(self._pending) or self._boundary_work or self._conductor.busy
+
+    def wait_for(self, germination: Germination, timeout: float | None) -> bool:
+        """See :meth:`Germination.wait`."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        if not germination._ready.wait(timeout):
+            return False
+        self.apply_between_steps()
+        rest = None if deadline is None else max(0.0, deadline - time.monotonic())
+        return germination._done.wait(rest)
+
+    def settle(self, timeout: float | None) -> bool:
+        """Block until no background work is left and the best plan runs; call it between steps."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            rest = None if deadline is None else deadline - time.monotonic()
+            if rest is not None and rest <= 0:
+                return False
+            idle = self._conductor.wait(0.2 if rest is None else min(0.2, rest))
+            if self._boundary_work:
+                self.apply_between_steps()
+            elif idle and not self.pending:
+                return True
