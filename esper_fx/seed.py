@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Generator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -238,6 +239,15 @@ class KasminaSeed(nn.Module):
         self.blueprint = blueprint
         self.config = dict(config)
         self.recorded = {}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KasminaSeed:
+        """Follow the model to another device or dtype: what flows through the site goes there too."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self._spec is not None:
+            with torch.inference_mode(False):
+                moved = fn(torch.empty((), dtype=self._spec.dtype, device=self._spec.device))
+            self._spec = replace(self._spec, dtype=moved.dtype, device=moved.device)
+        return self
 
     def extra_repr(self) -> str:
         return f"site={self.name!r}, stage={self.stage.name}"
