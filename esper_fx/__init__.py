@@ -6,6 +6,7 @@ from esper_fx.blueprints import Blueprint, blueprint
 from esper_fx.cache import ArtifactStore, KernelCache, KernelCompiler, KernelKey
 from esper_fx.errors import (
     BlueprintError,
+    CheckpointError,
     EsperError,
     GerminationError,
     KernelBuildError,
@@ -33,6 +34,7 @@ __all__ = [
     "ArtifactStore",
     "Blueprint",
     "BlueprintError",
+    "CheckpointError",
     "EngineStats",
     "EsperError",
     "Germination",

@@ -90,7 +90,7 @@ class Changes:
         self._host = 0.0
         started = time.perf_counter()
         if self.unfinished:
-            self._finish_copy()
+            self.resume()
         if self._boundary_work:
             self.apply()
         if self._growth.attachment is None:
@@ -131,14 +131,34 @@ class Changes:
             self.swaps += sum(program.activate(live) for program in list(self.programs))
             self.kick()
 
-    def _finish_copy(self) -> None:
-        """A copy of a model takes over the changes that were on their way in the original."""
+    # Copies and checkpoints.
+
+    def resume(self) -> None:
+        """Take up what was on its way when the model was copied or saved, in the order in which it had begun."""
         self.unfinished = False
-        for seed in self._growth.by_index:
+        begun = {event.site: number for number, event in enumerate(self._growth.ledger)}
+        for seed in sorted(self._growth.by_index, key=lambda seed: begun.get(seed.name, -1)):
             if seed.stage == Stage.GERMINATING:
-                self.add(Change(seed, Germination(seed), Stage.INCUBATING))
+                trained = bool(self._growth.state.read("gate", seed.index))  # it was given weights
+                self.add(Change(seed, Germination(seed), Stage.ACTIVE if trained else Stage.INCUBATING))
             elif seed.stage == Stage.EMBARGOED and seed.live:
                 self.add(Change(seed, None, Stage.EMBARGOED))
+
+    def abandon(self, why: str) -> None:
+        """Forget everything that is on its way; who waits for a germination gets ``why`` in an error."""
+        with self._lock:
+            abandoned, self._pending = self._pending, []
+            self._boundary_work = self.unfinished = False
+        for change in abandoned:
+            if change.germination is not None:
+                change.germination.settle(GerminationError(f"the body at site {change.seed.name!r} is gone: {why}"))
+
+    def restored(self) -> None:
+        """The model has other bodies, between two steps: let no program run the old ones. May compile, and so block."""
+        live = self._live()
+        self.swaps += sum(program.restore(live) for program in list(self.programs))
+        self.resume()
+        self.kick()
 
     # The queue.
 

@@ -109,7 +109,7 @@ class Growth:
                     f"blueprint {blueprint!r} does not fit site {seed.name!r}: {reason}. It fits: {fitting}"
                 )
             number = int(self.state.read("germinations", seed.index))
-            body = kind.build(site, config, seed=_body_seed(self.model_seed, seed.name, number))
+            body = kind.build(site, config, seed=body_seed(self.model_seed, seed.name, number))
             _validate_once(kind, body, site, config)
             if weights is not None:
                 _load_weights(body, weights, blueprint, seed.name)
@@ -244,7 +244,8 @@ class Growth:
             )
 
 
-def _body_seed(model_seed: int, site: str, number: int) -> int:
+def body_seed(model_seed: int, site: str, number: int) -> int:
+    """Seed of the initial values of the body that a site germinated as its ``number``-th, counted from 0."""
     text = f"{model_seed}/{site}/{number}".encode()
     return int.from_bytes(hashlib.sha256(text).digest()[:7], "big")
 

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from esper_fx._torch import DataDependentOutputException, FakeTensorMode, pytree
+from esper_fx.branch import NAMESPACE, Branch, mangled
+from esper_fx.checkpoint import watch_loading
 from esper_fx.errors import MorphError, SiteError
 from esper_fx.growth import Growth, Morphology
 from esper_fx.lifecycle import Ledger
@@ -27,7 +29,6 @@ from esper_fx.stats import EngineStats, engine_stats
 
 logger = logging.getLogger(__name__)
 
-NAMESPACE = "esper"
 _ALPHA = f"{NAMESPACE}.state.alpha"
 _GATE = f"{NAMESPACE}.state.gate"
 
@@ -154,7 +155,7 @@ def morph(
     growth.by_index = [KasminaSeed(name, i, growth, modules.get(name)) for i, name in enumerate(names)]
     growth.seeds = {item.name: item for item in growth.by_index}
     growth.state.to(next((t.device for t in (*net.parameters(), *net.buffers())), torch.device("cpu")))
-    branch = _branch(growth)
+    branch = Branch(growth)
     graphs = {scope: _adopt(draft, branch) for scope, draft in drafts.items() if draft.sites or not scope}
     model = _as_morphable(root)
     model.__dict__.pop(NAMESPACE, None)
@@ -164,6 +165,7 @@ def morph(
     model.graphs = graphs
     model._trace_report = report
     model.register_forward_pre_hook(_before_eager_forward)
+    watch_loading(model, branch)
     if example_inputs is not None:
         _learn_values(model, example_inputs)
     return model
@@ -244,17 +246,7 @@ def _why_not(module: nn.Module) -> str:
     return "it has no operations"
 
 
-def _branch(growth: Growth) -> nn.Module:
-    """What morphing adds to the module tree: the state arrays and the seeds."""
-    branch, seeds = nn.Module(), nn.Module()
-    branch.add_module("state", growth.state)
-    branch.add_module("seeds", seeds)
-    for item in growth.by_index:
-        seeds.add_module(_mangled(item.name), item)
-    return branch
-
-
-def _adopt(draft: Draft, branch: nn.Module) -> fx.Graph:
+def _adopt(draft: Draft, branch: Branch) -> fx.Graph:
     """Give the draft's module the graph as its forward."""
     assert draft.graph is not None
     module = draft.root
@@ -308,9 +300,5 @@ def _join(path: str, name: str) -> str:
     return ".".join(part for part in (path, name) if part)
 
 
-def _mangled(name: str) -> str:
-    return name.replace(".", "/")
-
-
 def _seed_target(site: str) -> str:
-    return f"{NAMESPACE}.seeds.{_mangled(site)}"
+    return f"{NAMESPACE}.seeds.{mangled(site)}"
