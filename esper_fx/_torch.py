@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import logging
 import os
@@ -98,6 +99,30 @@ PRESERVED_ATTRIBUTES = "_user_preserved_attributes"
 BACKEND_NAME = "esper"
 
 _GRAPH_LOCK = threading.RLock()
+
+
+# Modules
+
+
+def load_in_progress() -> tuple[bool, dict[str, Any] | None]:
+    """``strict`` and the metadata of the ``load_state_dict`` that is under way on this thread.
+
+    A module's hook is told neither: PyTorch hands every one ``strict=True`` and the metadata of its own module. Where that
+    cannot be found out, ``strict`` is True and the metadata None.
+    """
+    code = inspect.unwrap(nn.Module.load_state_dict).__code__
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    if frame is None:
+        return True, None
+    metadata = frame.f_locals.get("metadata")
+    if metadata is not None:  # PyTorch notes assign=True in it, for good
+        metadata = {
+            path: {key: value for key, value in entry.items() if key != "assign_to_params_buffers"}
+            for path, entry in metadata.items()
+        }
+    return bool(frame.f_locals.get("strict", True)), metadata
 
 
 # Dynamo

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from esper_fx.branch import NAMESPACE, Branch, mangled
+from esper_fx.checkpoint import watch_loading
 from esper_fx.errors import MorphError, SiteError
 from esper_fx.growth import Growth, Morphology
 from esper_fx.lifecycle import Ledger
@@ -33,7 +35,6 @@ from esper_fx.stats import EngineStats, engine_stats
 
 logger = logging.getLogger(__name__)
 
-NAMESPACE = "esper"
 _ALPHA = f"{NAMESPACE}.state.alpha"
 _GATE = f"{NAMESPACE}.state.gate"
 
@@ -79,7 +80,7 @@ class MorphableModel(nn.Module):
     @property
     def pending(self) -> bool:
         """Whether a change or a better plan is on its way."""
-        return self.growth.pending
+        return self.growth.changes.pending
 
     @property
     def graph(self) -> fx.Graph:
@@ -102,7 +103,7 @@ class MorphableModel(nn.Module):
         Returns:
             False if ``timeout`` seconds passed first.
         """
-        return self.growth.settle(timeout)
+        return self.growth.changes.settle(timeout)
 
     def stats(self) -> EngineStats:
         """What the engine has done for this model."""
@@ -110,7 +111,7 @@ class MorphableModel(nn.Module):
 
     def reset_stats(self) -> None:
         """Begin to count anew what :meth:`stats` counts for this model; the caches' own statistics go on."""
-        self.growth.reset_stats()
+        self.growth.changes.reset_stats()
 
 
 def morph(
@@ -170,7 +171,7 @@ def morph(
     growth.by_index = [KasminaSeed(name, i, growth, modules.get(name)) for i, name in enumerate(names)]
     growth.seeds = {item.name: item for item in growth.by_index}
     growth.state.to(next((t.device for t in (*net.parameters(), *net.buffers())), torch.device("cpu")))
-    branch = _branch(growth).train(root.training)
+    branch = Branch(growth).train(root.training)
     for item in growth.by_index:
         item.train(modules.get(item.name, root).training)
     graphs = {
@@ -189,6 +190,7 @@ def morph(
     model.graphs = graphs
     model._trace_report = report
     model.register_forward_pre_hook(_before_eager_forward)
+    watch_loading(model, branch)
     model._additions = {}
     model._additions = additions(model, before)
     if example_inputs is not None:
@@ -216,7 +218,7 @@ _RESERVED = (
 
 def _before_eager_forward(model: nn.Module, args: Any) -> None:
     if not torch.compiler.is_compiling():
-        model.growth.begin_eager_forward()  # type: ignore[union-attr,operator]
+        model.growth.changes.begin_eager_forward()  # type: ignore[union-attr,operator]
 
 
 class _Scoping:
@@ -290,17 +292,7 @@ def _why_not(module: nn.Module) -> str:
     return "it has no operations"
 
 
-def _branch(growth: Growth) -> nn.Module:
-    """What morphing adds to the module tree: the state arrays and the seeds."""
-    branch, seeds = nn.Module(), nn.Module()
-    branch.add_module("state", growth.state)
-    branch.add_module("seeds", seeds)
-    for item in growth.by_index:
-        seeds.add_module(_mangled(item.name), item)
-    return branch
-
-
-def _adopt(scope: str, draft: Draft, branch: nn.Module) -> fx.Graph:
+def _adopt(scope: str, draft: Draft, branch: Branch) -> fx.Graph:
     """Give the draft's module the graph as its forward."""
     assert draft.graph is not None
     module = draft.root
@@ -313,11 +305,11 @@ def _adopt(scope: str, draft: Draft, branch: nn.Module) -> fx.Graph:
     return draft.graph
 
 
-def _adopt_python(module: nn.Module, site: str, branch: nn.Module) -> None:
+def _adopt_python(module: nn.Module, site: str, branch: Branch) -> None:
     """Let a module whose forward stays Python hand what it returns to the seed of its site."""
     module.__dict__[NAMESPACE] = branch
     original = type(module).forward
-    name = _mangled(site)
+    name = mangled(site)
 
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -396,9 +388,5 @@ def _join(path: str, name: str) -> str:
     return ".".join(part for part in (path, name) if part)
 
 
-def _mangled(name: str) -> str:
-    return name.replace(".", "/")
-
-
 def _seed_target(site: str) -> str:
-    return f"{NAMESPACE}.seeds.{_mangled(site)}"
+    return f"{NAMESPACE}.seeds.{mangled(site)}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Generator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,7 +41,7 @@ class Germination:
 
         On the thread that runs the model the switch is made here, without waiting for the next forward.
         """
-        return self.seed.growth.wait_for(self, timeout)
+        return self.seed.growth.changes.wait_for(self, timeout)
 
     def exception(self, timeout: float | None = 0.0) -> BaseException | None:
         """Why the germination failed, or None if it has not (yet)."""
@@ -51,7 +52,7 @@ class Germination:
         import asyncio
 
         yield from asyncio.to_thread(self._ready.wait).__await__()
-        self.seed.growth.apply_between_steps()
+        self.seed.growth.changes.apply_between_steps()
         yield from asyncio.to_thread(self._done.wait).__await__()
         if self._error is not None:
             raise self._error
@@ -275,6 +276,15 @@ class KasminaSeed(nn.Module):
         self.blueprint = blueprint
         self.config = dict(config)
         self.recorded = {}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KasminaSeed:
+        """Follow the model to another device or dtype: what flows through the site goes there too."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self._spec is not None:
+            with torch.inference_mode(False):
+                moved = fn(torch.empty((), dtype=self._spec.dtype, device=self._spec.device))
+            self._spec = replace(self._spec, dtype=moved.dtype, device=moved.device)
+        return self
 
     def extra_repr(self) -> str:
         return f"site={self.name!r}, stage={self.stage.name}"

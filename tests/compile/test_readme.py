@@ -33,6 +33,38 @@ def test_the_first_example_grows_and_keeps_a_module(capsys: pytest.CaptureFixtur
     assert names["seed"].alpha == 1.0
 
 
+def test_the_examples_of_saving_and_loading_resume_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save, load = (example for example in EXAMPLES if "run.pt" in example)
+    objects = EXAMPLES[0][: EXAMPLES[0].index("seed = model.seeds")]
+    monkeypatch.chdir(tmp_path)
+    first: dict[str, Any] = {}
+    exec(objects, first)
+    run, optimizer = first["model"], first["optimizer"]
+
+    def step(names: dict[str, Any]) -> None:
+        loss = (names["model"](names["x"]) - names["y"]).square().mean()
+        names["optimizer"].zero_grad(), loss.backward(), names["optimizer"].step()
+
+    run.seeds["1"].germinate("low_rank", rank=8, alpha=0.0)
+    run.seeds["1"].blend(to=1.0, steps=10)
+    for _ in range(4):
+        step(first)
+    exec(save, first)
+    second: dict[str, Any] = {}
+    exec(objects, second)
+    second |= {name: first[name] for name in ("x", "y")}
+    exec(load, second)
+    assert torch.equal(torch.get_rng_state(), second["saved"]["random"])
+    for names in (first, second):
+        for _ in range(10):
+            step(names)
+    assert second["model"].seeds["1"].stage is Stage.ACTIVE
+    assert second["model"].ledger == run.ledger
+    for mine, theirs in zip(second["model"].state_dict().values(), run.state_dict().values(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0, equal_nan=True)
+    assert str(second["optimizer"].state_dict()) == str(optimizer.state_dict())
+
+
 def test_the_example_of_a_blueprint_grows() -> None:
     source = next(example for example in EXAMPLES if "@esper_fx.blueprint" in example)
     exec(source, {"esper_fx": esper_fx, "torch": torch, "__name__": "readme"})

@@ -405,6 +405,15 @@ def test_the_seeds_follow_dtype_and_device_of_the_model() -> None:
     assert model(torch.randn(2, 4, dtype=torch.float64)).dtype == torch.float64
 
 
+def test_a_seed_germinates_where_and_as_what_the_model_has_become() -> None:
+    model = esper_fx.morph(nn.Sequential(nn.Linear(4, 4)), sites="0", example_inputs=(torch.randn(2, 4),)).double()
+    assert model.seeds["0"].site.dtype == torch.float64
+    body = model.seeds["0"].germinate("low_rank").seed.body
+    assert body is not None
+    assert {parameter.dtype for parameter in body.parameters()} == {torch.float64}
+    assert model.to("meta").seeds["0"].site.device.type == "meta"
+
+
 def test_global_random_numbers_are_not_consumed_by_growing() -> None:
     model = esper_fx.morph(nn.Sequential(nn.Linear(4, 4)), sites="0", example_inputs=(torch.randn(2, 4),))
     before = torch.get_rng_state()

@@ -699,7 +699,7 @@ def test_the_lineage_says_what_grew_where_when_and_why(tmp_path: Path) -> None:
     assert {key: kept[key] for key in kept if key != "events"} == {
         "site": "2",
         "blueprint": "low_rank",
-        "config": {"rank": 3, "activation": "relu"},
+        "config": {"rank": 3, "activation": "relu", "reads": "output", "scale": 1.0, "dropout": 0.0},
         "parameters": 24,
         "stage": "FOSSILIZED",
         "alpha": 0.5,
