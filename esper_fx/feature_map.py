@@ -70,11 +70,9 @@ def feature_map(module: nn.Module) -> FeatureMap:
     if isinstance(module, TwoLayers) and kind is TwoLayers:
         return _one_after_another([module.down, module.activation, module.up])
     if isinstance(module, LowRank) and kind is LowRank and not module.reads_source:
-        rows, scale = (
-            _one_after_another([module.dropout, module.down, module.activation, module.up]),
-            float(module.scale),
-        )
-        return FeatureMap(rows.axis, lambda columns, shifted: rows.apply(columns, shifted) * scale)
+        layers = _one_after_another([module.dropout, module.down, module.activation, module.up])
+        factor = module.scale.item()
+        return FeatureMap(layers.axis, lambda columns, shifted: layers.apply(columns, shifted) * factor)
     if kind is nn.Sequential:
         return _one_after_another(list(module.children()))
     if isinstance(module, Chain) and kind is Chain:

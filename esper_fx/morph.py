@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from esper_fx.branch import NAMESPACE, Branch, mangled
+from esper_fx.adoption import adopt, adopt_python, in_turn, plain_base
+from esper_fx.branch import NAMESPACE, Branch
 from esper_fx.checkpoint import watch_loading
+from esper_fx.drafting import Scoping, join
 from esper_fx.errors import MorphError, SiteError
 from esper_fx.growth import Growth, Morphology
 from esper_fx.lifecycle import Ledger
 from esper_fx.lineage import ATTRIBUTE, is_lineage
 from esper_fx.original import Footprint, Original, Swap, additions, footprint, original_of
 from esper_fx.passes.auto_sites import MAX_SITES, auto_sites
-from esper_fx.passes.check import check
-from esper_fx.passes.find_sites import Sites, chosen, find_sites, no_match_message
-from esper_fx.passes.find_sources import find_sources
+from esper_fx.passes.find_sites import Sites, no_match_message
 from esper_fx.passes.flow import observe, of_graph
-from esper_fx.passes.pipeline import Draft, PassRecord, Pipeline
-from esper_fx.passes.splice import splice
+from esper_fx.passes.pipeline import Draft, PassRecord
 from esper_fx.passes.trace import TraceError, trace
 from esper_fx.passes.trace_report import TraceReport, class_names, trace_report
 from esper_fx.rehearsal import Inputs, rehearse
@@ -34,9 +31,6 @@ from esper_fx.state import KasminaStateLayout
 from esper_fx.stats import EngineStats, engine_stats
 
 logger = logging.getLogger(__name__)
-
-_ALPHA = f"{NAMESPACE}.state.alpha"
-_GATE = f"{NAMESPACE}.state.gate"
 
 
 class MorphableModel(nn.Module):
@@ -155,7 +149,7 @@ def morph(
     if isinstance(sites, str) and sites == "auto":
         sites = _auto(root, example_inputs, max_sites)
     classes = class_names(root)
-    scoping = _Scoping(root, sites)
+    scoping = Scoping(root, sites)
     drafts = scoping.drafts
     if not drafts:
         raise MorphError(f"no part of {type(net).__name__} can be traced: {_why_not(root)}")
@@ -163,7 +157,7 @@ def morph(
     names = [site for draft in drafts.values() for site in draft.sites]
     if not names:
         raise SiteError(
-            no_match_message(sites, filter(None, (_join(s, n) for s, d in drafts.items() for n in d.outputs)))
+            no_match_message(sites, filter(None, (join(s, n) for s, d in drafts.items() for n in d.outputs)))
         )
     report = trace_report(root, classes, drafts, scoping.reasons)
     growth = Growth(KasminaStateLayout(len(names), names=names), seed)
@@ -175,13 +169,13 @@ def morph(
     for item in growth.by_index:
         item.train(modules.get(item.name, root).training)
     graphs = {
-        scope: _adopt(scope, draft, branch)
+        scope: adopt(scope, draft, branch)
         for scope, draft in drafts.items()
         if draft.graph and (draft.sites or not scope)
     }
     for scope, draft in drafts.items():
         if draft.graph is None:
-            _adopt_python(draft.root, scope, branch)
+            adopt_python(draft.root, scope, branch)
     model = _as_morphable(root)
     model.__dict__.pop(NAMESPACE, None)
     model.add_module(NAMESPACE, branch)
@@ -221,69 +215,6 @@ def _before_eager_forward(model: nn.Module, args: Any) -> None:
         model.growth.changes.begin_eager_forward()  # type: ignore[union-attr,operator]
 
 
-class _Scoping:
-    """Divides a model into scopes: the largest modules that can be traced, and single modules that stay Python.
-
-    Attributes:
-        drafts: The scopes by path. One that stays Python has no graph, and its own path as its only site.
-        records: What the passes did.
-        reasons: Why a module could not be traced, by path.
-    """
-
-    def __init__(self, root: nn.Module, sites: Sites) -> None:
-        self.drafts: dict[str, Draft] = {}
-        self.records: list[PassRecord] = []
-        self.reasons: dict[str, str] = {}
-        self._sites = sites
-        self._modules = dict(root.named_modules())
-        self._names = {id(module): name for name, module in self._modules.items()}
-        self._chosen = chosen(sites, self._modules)
-        self._seen: set[int] = set()
-        self._divide(root, "")
-
-    def _divide(self, module: nn.Module, path: str) -> None:
-        if id(module) in self._seen or self._names.get(id(module)) != path:
-            return  # it is called by another name as well, and was looked at under that
-        self._seen.add(id(module))
-        draft = Draft(module)
-        try:
-            self.records += morph_pipeline(self._sites, self._modules, path).run(draft)
-        except TraceError as error:
-            logger.info("%s stays plain Python: %s", path or "the model's own forward", error)
-            self.reasons[path] = str(error)
-            if path in self._chosen and type(module).forward is not nn.Module.forward:
-                self.drafts[path] = Draft(module, sites={path: []})
-            self._divide_children(module, path)
-        else:
-            self.drafts[path] = draft
-            assert draft.graph is not None
-            for node in draft.graph.nodes:
-                if node.op == "call_module" and node.target not in draft.seeds.values():
-                    self._open(_join(path, str(node.target)))
-
-    def _divide_children(self, module: nn.Module, path: str) -> None:
-        for name, child in module.named_children():
-            self._divide(child, _join(path, name))
-
-    def _open(self, leaf: str) -> None:
-        """Look into a module that a graph calls as a whole, if a site was asked for in there."""
-        if any(name.startswith(f"{leaf}.") for name in self._chosen):
-            self._divide_children(self._modules[leaf], leaf)
-
-
-def morph_pipeline(sites: Sites, modules: Mapping[str, nn.Module], scope: str = "") -> Pipeline:
-    """The passes that make a morphed graph, in order; ``check`` runs after each."""
-    return Pipeline(
-        [
-            ("trace", trace),
-            ("find_sites", partial(find_sites, sites=sites, modules=modules, scope=scope)),
-            ("find_sources", partial(find_sources, modules=modules, scope=scope)),
-            ("splice", partial(splice, target=_seed_target, alpha=_ALPHA, gate=_GATE)),
-        ],
-        check,
-    )
-
-
 def _why_not(module: nn.Module) -> str:
     try:
         trace(Draft(module))
@@ -292,57 +223,11 @@ def _why_not(module: nn.Module) -> str:
     return "it has no operations"
 
 
-def _adopt(scope: str, draft: Draft, branch: Branch) -> fx.Graph:
-    """Give the draft's module the graph as its forward."""
-    assert draft.graph is not None
-    module = draft.root
-    # Reachable by the graph's names, but not a submodule: that it is of the whole model, once.
-    module.__dict__[NAMESPACE] = branch
-    members = Original(type(module), scope, Swap.TRACED).members()
-    members["forward"] = type(fx.GraphModule(module, draft.graph)).forward
-    base = type(module) if scope and not isinstance(module, fx.GraphModule) else _plain_base(module)
-    module.__class__ = type(f"Traced{type(module).__name__}", (base,), members)
-    return draft.graph
-
-
-def _adopt_python(module: nn.Module, site: str, branch: Branch) -> None:
-    """Let a module whose forward stays Python hand what it returns to the seed of its site."""
-    module.__dict__[NAMESPACE] = branch
-    original = type(module).forward
-    name = mangled(site)
-
-    @functools.wraps(original)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        value = original(self, *args, **kwargs)
-        mine = self.esper
-        return getattr(mine.seeds, name)(value, mine.state.alpha, mine.state.gate)
-
-    members = Original(type(module), site, Swap.PYTHON).members()
-    module.__class__ = type(f"Seeded{type(module).__name__}", (type(module),), {**members, "forward": forward})
-
-
-def _plain_base(module: nn.Module) -> type[nn.Module]:
-    """The class to derive from: containers would count the seeds among their items, graph modules run their own graph."""
-    others = (nn.Sequential, nn.ModuleList, nn.ModuleDict, fx.GraphModule)
-    return nn.Module if isinstance(module, others) else type(module)
-
-
-def _in_turn(names: list[str]) -> Callable[..., Any]:
-    """The forward of a Sequential that stays Python: its own would count the seeds among its items."""
-
-    def forward(self: nn.Module, input: Any) -> Any:
-        for name in names:
-            input = getattr(self, name)(input)
-        return input
-
-    return forward
-
-
 def _as_morphable(root: nn.Module) -> MorphableModel:
-    base = _plain_base(root)
+    base = plain_base(root)
     name = type(root).__name__.removeprefix("Traced")
     bases = (MorphableModel,) if base is nn.Module else (MorphableModel, base)
-    forward = _in_turn(list(root._modules)) if type(root).forward is nn.Sequential.forward else type(root).forward
+    forward = in_turn(list(root._modules)) if type(root).forward is nn.Sequential.forward else type(root).forward
     members = Original(type(root), "", Swap.PYTHON).members() if original_of(root) is None else {}
     root.__class__ = type(f"Morphable{name}", bases, {**members, "forward": forward})
     assert isinstance(root, MorphableModel)
@@ -382,11 +267,3 @@ def _auto(root: nn.Module, example_inputs: Inputs | None, max_sites: int) -> lis
             f"Name sites instead, such as sites={next((n for n, m in modules.items() if n), '**')!r}"
         )
     return names
-
-
-def _join(path: str, name: str) -> str:
-    return ".".join(part for part in (path, name) if part)
-
-
-def _seed_target(site: str) -> str:
-    return f"{NAMESPACE}.seeds.{mangled(site)}"

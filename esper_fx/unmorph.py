@@ -10,10 +10,11 @@ from typing import Any
 from torch import fx, nn
 
 from esper_fx._torch import uncompiled
+from esper_fx.branch import NAMESPACE
 from esper_fx.errors import MorphError
 from esper_fx.fold import fold_all
 from esper_fx.lineage import ATTRIBUTE, SeedSnapshot, describe, snapshot
-from esper_fx.morph import NAMESPACE, MorphableModel
+from esper_fx.morph import MorphableModel
 from esper_fx.ops import reads_source
 from esper_fx.original import Swap, original_kind, take_back
 from esper_fx.plain import add_residual_hook, become_graph_module, make_plain, residual, restore_class, set_attribute

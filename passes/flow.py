@@ -73,7 +73,7 @@ class _Recorder(TorchDispatchMode):
     """Writes every operation on tensors down as a node."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.flow = Flow()
         self.unfit: set[str] = set()
         self._made_by: dict[int, int] = {}

@@ -6,6 +6,7 @@ import dis
 import inspect
 import types
 from functools import lru_cache
+from typing import Any
 
 from torch import nn
 
@@ -33,7 +34,8 @@ def hazard(module: nn.Module) -> str | None:
     assignments to attributes, tests for ``isinstance(x, Tensor)`` and decorators, in the forward and in what it calls of
     its own class and its own file. Some of it may be harmless where it stands; running it as Python is always right.
     """
-    return _hazard(type(module))
+    kind: Any = type(module)
+    return _hazard(kind)
 
 
 @lru_cache(maxsize=4096)

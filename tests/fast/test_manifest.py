@@ -28,7 +28,7 @@ values = st.recursive(
 def example(config: dict[str, Any] | None = None) -> Manifest:
     return Manifest(
         sites=("a", "layers.1", "c"),
-        values={"a": ((2, 3), torch.float32), "layers.1": ((4, 5, 6), torch.bfloat16)},
+        values={"a": ((2, 3), torch.float32, None), "layers.1": ((4, 5, 6), torch.bfloat16, (4, 7))},
         bodies={"layers.1": BodyRecord("low_rank", {"rank": 3} if config is None else config, Stage.BLENDING)},
         model_seed=7,
         clock=12,
@@ -86,8 +86,8 @@ def test_damage_is_told(data: st.DataObject) -> None:
         {"clock": True},
         {"sites": "abc"},
         {"sites": ["a", 2]},
-        {"values": {"a": [[2], "int64"]}},
-        {"values": {"a": [[2], "no_dtype"]}},
+        {"values": {"a": [[2], "int64", None]}},
+        {"values": {"a": [[2], "no_dtype", None]}},
         {"values": {}},
         {"bodies": {"layers.1": {"blueprint": "x", "config": [["p", {"set": []}]], "stage": "ACTIVE"}}},
         {"bodies": {"layers.1": {"blueprint": "x", "config": [], "stage": "ASLEEP"}}},
