@@ -19,7 +19,7 @@ TESTS = Path(__file__).parent
 LANES = ("fast", "property", "compile", "kernels", "gpu")
 
 # derandomize: the same commit gives the same verdict. No deadline: nothing is timed in a test.
-settings.register_profile("ci", derandomize=True, deadline=None)
+settings.register_profile("ci", max_examples=50, derandomize=True, deadline=None)
 settings.register_profile(
     "nightly",
     max_examples=2_000,
