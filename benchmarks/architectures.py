@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,7 @@ class Architecture:
 
 def architectures(libraries: tuple[str, ...] = ("torchvision", "timm", "transformers")) -> Iterator[Architecture]:
     """All models of these libraries, in a fixed order."""
+    _check_installed()
     _let_torchvision_be_imported()
     tables: dict[str, Callable[[], Iterator[Architecture]]] = {
         "torchvision": _torchvision,
@@ -38,6 +40,13 @@ def architectures(libraries: tuple[str, ...] = ("torchvision", "timm", "transfor
     }
     for library in libraries:
         yield from tables[library]()
+
+
+def _check_installed() -> None:
+    """Raise RuntimeError with what to do where a library is missing."""
+    missing = [name for name in ("torchvision", "timm", "transformers") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise RuntimeError(f"{', '.join(missing)} not installed: pip install -c constraints.txt '.[zoo]'")
 
 
 def _let_torchvision_be_imported() -> None:
