@@ -13,7 +13,7 @@ RUN   := env PATH="$(CURDIR)/$(BIN):$$PATH"
 
 help:
 	@echo "make demo      grow a small network inside torch.compile, print what happened, draw it (ARGS=--text for the other one)"
-	@echo "make test      the tests: fast, compile and kernels lanes"
+	@echo "make test      the tests: fast, property, compile and kernels lanes"
 	@echo "make fast      only the tests that compile nothing"
 	@echo "make lint      ruff: rules and format"
 	@echo "make types     mypy --strict on the installed package"
@@ -60,8 +60,8 @@ demo: $(STAMP)
 	@$(RUN) esper-fx demo $(ARGS)
 
 test: $(STAMP)
-	@echo "==> Tests: fast, compile and kernels lanes"
-	@$(RUN) python -m pytest -m "(fast or compile or kernels) and not nightly" $(ARGS)
+	@echo "==> Tests: fast, property, compile and kernels lanes"
+	@$(RUN) python -m pytest -m "(fast or property or compile or kernels) and not nightly" $(ARGS)
 
 fast: $(STAMP)
 	@echo "==> Tests: fast lane"
@@ -79,7 +79,7 @@ types: $(STAMP)
 
 nightly: $(STAMP)
 	@echo "==> Tests: everything, long versions"
-	@$(RUN) python -m pytest -m "fast or compile or kernels or gpu or nightly" --hypothesis-profile=nightly $(ARGS)
+	@$(RUN) python -m pytest -m "fast or property or compile or kernels or gpu or nightly" --hypothesis-profile=nightly $(ARGS)
 
 bench: $(STAMP)
 	@echo "==> python -m benchmarks $(if $(BENCH),$(BENCH),all) $(ARGS)"

@@ -9,6 +9,7 @@ from esper_fx.errors import (
     AdapterError,
     AdapterFileError,
     BlueprintError,
+    CheckpointError,
     EsperError,
     GerminationError,
     KernelBuildError,
@@ -23,6 +24,7 @@ from esper_fx.errors import (
 )
 from esper_fx.growth import Morphology
 from esper_fx.lifecycle import GrowthEvent, Ledger, Stage
+from esper_fx.lineage import write_lineage
 from esper_fx.morph import MorphableModel, morph, wrap
 from esper_fx.optim import attach
 from esper_fx.seed import Germination, KasminaSeed
@@ -30,6 +32,7 @@ from esper_fx.settings import Settings, configure, settings
 from esper_fx.site import ConvolutionSpec, SiteSpec, SourceSpec
 from esper_fx.state import KasminaStateLayout
 from esper_fx.stats import EngineStats
+from esper_fx.unmorph import unmorph, unwrap
 
 __version__ = "0.1.0"
 
@@ -39,6 +42,7 @@ __all__ = [
     "ArtifactStore",
     "Blueprint",
     "BlueprintError",
+    "CheckpointError",
     "ConvolutionSpec",
     "EngineStats",
     "EsperError",
@@ -75,5 +79,8 @@ __all__ = [
     "save_adapter",
     "settings",
     "unload_adapter",
+    "unmorph",
+    "unwrap",
     "wrap",
+    "write_lineage",
 ]

@@ -46,6 +46,10 @@ class KernelBuildError(EsperError, RuntimeError):
         self.worker_traceback = worker_traceback
 
 
+class CheckpointError(EsperError, RuntimeError):
+    """A checkpoint does not fit the model, or a model cannot be saved; nothing was changed."""
+
+
 class StoreError(EsperError, OSError):
     """An artifact store's folder cannot be used."""
 
@@ -63,7 +67,7 @@ class MissingDependencyError(EsperError, ImportError):
 
 
 class OptimizerError(EsperError, ValueError):
-    """An optimizer cannot be attached to this model."""
+    """An optimizer cannot be attached to this model, or a saved state does not fit it."""
 
 
 class SettingsError(EsperError, ValueError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Generator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,7 +41,7 @@ class Germination:
 
         On the thread that runs the model the switch is made here, without waiting for the next forward.
         """
-        return self.seed.growth.wait_for(self, timeout)
+        return self.seed.growth.changes.wait_for(self, timeout)
 
     def exception(self, timeout: float | None = 0.0) -> BaseException | None:
         """Why the germination failed, or None if it has not (yet)."""
@@ -51,7 +52,7 @@ class Germination:
         import asyncio
 
         yield from asyncio.to_thread(self._ready.wait).__await__()
-        self.seed.growth.apply_between_steps()
+        self.seed.growth.changes.apply_between_steps()
         yield from asyncio.to_thread(self._done.wait).__await__()
         if self._error is not None:
             raise self._error
@@ -105,15 +106,17 @@ class KasminaSeed(nn.Module):
         feature_last = nn.Linear | nn.LayerNorm | nn.Embedding | nn.MultiheadAttention
         self._feature_last = self._transposed or isinstance(producer, feature_last)
 
-    def forward(self, x: Tensor, alpha: Tensor, gate: Tensor, source: Tensor | None = None) -> Tensor:
+    def forward(self, x: Any, alpha: Tensor, gate: Tensor, source: Tensor | None = None) -> Any:
         """Apply the seed to the value at its site.
 
         Args:
-            x: The value, floating.
+            x: The value, floating. Of a tuple or a list the first item is taken, and the others are handed through.
             alpha: The state array ``alpha``, float32 ``[n_seeds]``.
             gate: The state array ``gate``, float32 ``[n_seeds]``.
             source: Input of the module whose output ``x`` is, where that is a linear map or a convolution.
         """
+        if not isinstance(x, Tensor):
+            return self._on_first(x, alpha, gate)
         if torch.compiler.is_dynamo_compiling():
             if _torch.compiling_for_esper():
                 more = (source,) if isinstance(source, Tensor) else ()
@@ -122,17 +125,22 @@ class KasminaSeed(nn.Module):
                 )
                 return result
         elif self._spec is None and not torch.compiler.is_compiling():
-            if not isinstance(x, Tensor):
-                raise SiteError(
-                    f"site {self.name!r} returns a {type(x).__name__}, but a seed needs one floating tensor. "
-                    "Choose a submodule that returns a tensor."
-                )
             self.note_value(
                 tuple(x.shape), x.dtype, x.device, tuple(source.shape) if isinstance(source, Tensor) else None
             )
         if not self.live or self.body is None:
             return x
         return ops.seed_forward(x, self.body, alpha[self.index].clone(), gate[self.index].clone(), source)
+
+    def _on_first(self, value: Any, alpha: Tensor, gate: Tensor) -> Any:
+        """Apply the seed to the first item of a tuple or list."""
+        if not (isinstance(value, tuple | list) and value and isinstance(value[0], Tensor)):
+            raise SiteError(
+                f"site {self.name!r} returns a {type(value).__name__}, but a seed needs one floating tensor, or a tuple that "
+                "begins with one. Choose a submodule that returns a tensor."
+            )
+        items = (self(value[0], alpha, gate), *value[1:])
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
 
     def note_value(
         self,
@@ -268,6 +276,15 @@ class KasminaSeed(nn.Module):
         self.blueprint = blueprint
         self.config = dict(config)
         self.recorded = {}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KasminaSeed:
+        """Follow the model to another device or dtype: what flows through the site goes there too."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self._spec is not None:
+            with torch.inference_mode(False):
+                moved = fn(torch.empty((), dtype=self._spec.dtype, device=self._spec.device))
+            self._spec = replace(self._spec, dtype=moved.dtype, device=moved.device)
+        return self
 
     def extra_repr(self) -> str:
         return f"site={self.name!r}, stage={self.stage.name}"

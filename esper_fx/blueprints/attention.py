@@ -33,7 +33,8 @@ class Attention(nn.Module):
         """Map ``[*, T, D]`` or ``[N, C, *]`` to a delta of the same shape."""
         tokens = x.flatten(2).transpose(1, 2) if self.positions_last else x
         heads = self.qkv(self.norm(tokens)).unflatten(-1, (3, self.heads, -1))
-        query, key, value = (part.transpose(-2, -3) for part in heads.unbind(-3))
+        parts = heads.unbind(-3)
+        query, key, value = (parts[index].transpose(-2, -3) for index in range(3))
         mixed = functional.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
         delta: Tensor = self.out(mixed.transpose(-2, -3).flatten(-2))
         return delta.transpose(1, 2).reshape(x.shape) if self.positions_last else delta

@@ -41,7 +41,8 @@ class LowRank(TwoLayers):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map what is read to a delta of the value at the site."""
-        return super().forward(self.dropout(x)) * self.scale
+        delta: Tensor = self.up(self.activation(self.down(self.dropout(x)))) * self.scale
+        return delta
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LowRank:
         """Follow moves to other devices with the scale, but not to other dtypes, which would round it."""

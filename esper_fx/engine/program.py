@@ -57,7 +57,7 @@ class Program:
     def __call__(self, *args: Any) -> Any:
         started = time.perf_counter()
         for growth in self.growths:
-            growth.enter(self)
+            growth.changes.enter(self)
         sizes = tuple(args[i] for i in self._integers)
         sized = self._sized.get(sizes)
         if sized is None:
@@ -67,7 +67,7 @@ class Program:
         executable = sized.active
         host = time.perf_counter() - started
         for growth in self.growths:
-            growth.count_host_time(host)
+            growth.changes.count_host_time(host)
         return executable(args)
 
     def _first_call(self, sizes: tuple[int, ...], args: Sequence[Any]) -> SizedProgram:
@@ -78,8 +78,8 @@ class Program:
         sized = SizedProgram(self, args, eager=eager)
         self._sized[sizes] = sized
         for growth in self.growths:
-            growth.programs.add(sized)
-            growth.kick()
+            growth.changes.programs.add(sized)
+            growth.changes.kick()
         return sized
 
 
@@ -106,12 +106,7 @@ class SizedProgram:
             try:
                 self._compile(args)
             except Exception as error:
-                self.layout = None
-                logger.debug("compilation failed", exc_info=error)
-                _warn_once(
-                    f"a program runs eagerly because it could not be compiled: {type(error).__name__}: {error}. "
-                    "`esper-fx doctor` checks the machine."
-                )
+                self._give_up(error)
 
     def _compile(self, args: Sequence[Any]) -> None:
         _torch.warm_inductor()
@@ -129,12 +124,26 @@ class SizedProgram:
         if not self.layout.plans:  # nothing is computed: inputs and constants are handed through
             self.layout = None
             return
-        live = {seed for seed in self.seeds if seed.live}
-        assignment = self._assignment(live)
-        plan = self.layout.plans[0]
-        for variant in self.layout.variants(plan, assignment) or ():
+        self._obtain({seed for seed in self.seeds if seed.live})
+
+    def _obtain(self, live: set[KasminaSeed]) -> bool:
+        """Get the kernels of the best plan for these bodies, now, and switch to it."""
+        assert self.layout is not None
+        for variant in self.layout.variants(self.layout.plans[0], self._assignment(live)) or ():
             variant.kernel = self.service.obtain(variant.key, variant.compile_here)
-        self.activate(live)
+        return self.activate(live)
+
+    def _give_up(self, error: BaseException) -> None:
+        self.layout = None
+        self.active = self._run_eagerly
+        self.plan = "eager"
+        self._active_identity = ()
+        self._pins.replace([])
+        logger.debug("compilation failed", exc_info=error)
+        _warn_once(
+            f"a program runs eagerly because it could not be compiled: {type(error).__name__}: {error}. "
+            "`esper-fx doctor` checks the machine."
+        )
 
     def _run_eagerly(self, args: Sequence[Any]) -> Any:
         return self._module(*args)
@@ -190,6 +199,19 @@ class SizedProgram:
         self.plan = plan.name
         self._active_identity = self._identity(plan, live)
         return True
+
+    def restore(self, live: set[KasminaSeed]) -> bool:
+        """Run with these bodies from now on, whatever ran before: with the best plan that is ready, or else compile.
+
+        Blocks. Where that fails, the program runs eagerly. Returns whether it runs something else than before.
+        """
+        if self.layout is None:
+            return False
+        try:
+            return self.activate(live) if self._best(live) is not None else self._obtain(live)
+        except Exception as error:
+            self._give_up(error)
+            return True
 
     def _identity(self, plan: Plan, live: set[KasminaSeed]) -> tuple[Any, ...]:
         return plan.name, tuple(id(seed.body) if seed in live else None for seed in self.seeds)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 import esper_fx
 from esper_fx import Stage
 from tests.support.adapters import write_checkpoint
+from tests.support.growing import grow
 from tests.support.linear_kinds import matrices, with_lora
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
@@ -31,6 +33,38 @@ def test_the_first_example_grows_and_keeps_a_module(capsys: pytest.CaptureFixtur
     assert names["seed"].alpha == 1.0
 
 
+def test_the_examples_of_saving_and_loading_resume_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save, load = (example for example in EXAMPLES if "run.pt" in example)
+    objects = EXAMPLES[0][: EXAMPLES[0].index("seed = model.seeds")]
+    monkeypatch.chdir(tmp_path)
+    first: dict[str, Any] = {}
+    exec(objects, first)
+    run, optimizer = first["model"], first["optimizer"]
+
+    def step(names: dict[str, Any]) -> None:
+        loss = (names["model"](names["x"]) - names["y"]).square().mean()
+        names["optimizer"].zero_grad(), loss.backward(), names["optimizer"].step()
+
+    run.seeds["1"].germinate("low_rank", rank=8, alpha=0.0)
+    run.seeds["1"].blend(to=1.0, steps=10)
+    for _ in range(4):
+        step(first)
+    exec(save, first)
+    second: dict[str, Any] = {}
+    exec(objects, second)
+    second |= {name: first[name] for name in ("x", "y")}
+    exec(load, second)
+    assert torch.equal(torch.get_rng_state(), second["saved"]["random"])
+    for names in (first, second):
+        for _ in range(10):
+            step(names)
+    assert second["model"].seeds["1"].stage is Stage.ACTIVE
+    assert second["model"].ledger == run.ledger
+    for mine, theirs in zip(second["model"].state_dict().values(), run.state_dict().values(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0, equal_nan=True)
+    assert str(second["optimizer"].state_dict()) == str(optimizer.state_dict())
+
+
 def test_the_example_of_a_blueprint_grows() -> None:
     source = next(example for example in EXAMPLES if "@esper_fx.blueprint" in example)
     exec(source, {"esper_fx": esper_fx, "torch": torch, "__name__": "readme"})
@@ -42,6 +76,25 @@ def test_the_example_of_a_blueprint_grows() -> None:
     assert model.seeds["0"].stage is Stage.INCUBATING
     torch.testing.assert_close(model(x), before, rtol=0, atol=0)
     assert sum(p.numel() for p in model.seeds["0"].body.parameters()) == 5 * 7 + 7 + 7 * 5 + 5
+
+
+def test_the_example_of_going_back_saves_what_has_grown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = next(example for example in EXAMPLES if "unmorph" in example)
+    net = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Tanh(), torch.nn.Linear(5, 1))
+    x = torch.randn(4, 3)
+    model = esper_fx.morph(net, sites="*", example_inputs=(x,))
+    grow(model, "0", "affine")
+    grow(model, "1", "low_rank")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"esper_fx": esper_fx, "torch": torch, "model": model}
+    exec(source, names)
+    loaded = torch.load("plain.pt", weights_only=False)
+    for module in (names["plain"], names["small"], loaded):
+        torch.testing.assert_close(module(x), model(x))
+    assert len(list(names["plain"].grown.children())) == 2
+    assert len(list(names["small"].grown.children())) == 1
+    outcomes = [site["outcome"] for site in json.loads(Path("lineage.json").read_text(encoding="utf-8"))["sites"]]
+    assert outcomes == ["module grown.site_0", "module grown.site_1"]
 
 
 def test_the_example_of_adapters_swaps_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

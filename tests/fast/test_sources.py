@@ -176,7 +176,7 @@ def test_a_node_that_is_called_like_a_linear_module_but_is_not_its_output_has_no
     assert only.seeds["act_1"].site.source == SourceSpec((2, 4), 1)
 
 
-def test_where_the_input_is_no_value_of_the_graph_there_is_no_source() -> None:
+def test_a_layer_that_is_given_a_constant_is_traced_by_itself_and_has_its_source() -> None:
     class Constant(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -186,7 +186,8 @@ def test_where_the_input_is_no_value_of_the_graph_there_is_no_source() -> None:
             return self.layer(x) + self.layer(torch.ones(2, 4))
 
     model = esper_fx.morph(Constant(), sites="layer", example_inputs=(torch.randn(2, 4),))
-    assert model.seeds["layer"].site.source is None
+    assert list(model.graphs) == ["layer"]
+    assert model.seeds["layer"].site.source == SourceSpec((2, 4), 1)
 
 
 # Blueprints that read the source.

@@ -25,7 +25,8 @@ class Description:
 
     Attributes:
         convolutional: Whether values are maps [B, C, H, W] instead of vectors [B, D].
-        layers: Kinds of the layers: "linear", "norm", "relu" or "block".
+        layers: Kinds of the layers: "linear", "norm", "relu" or "block"; in wide networks also "tied" (a linear layer
+            with the weight of the first one), "pair" (returns two values) and "branch" (cannot be traced).
         steps: In order, what is computed: ("call", layer, value), ("relu", value), ("add", value, value) and so on.
         outputs: The values that are returned.
     """
@@ -54,12 +55,17 @@ class Network(nn.Module):
         super().__init__()
         self.description = description
         self.layers = nn.ModuleList(_layer(kind, description.convolutional) for kind in description.layers)
+        linear = [layer for kind, layer in zip(description.layers, self.layers, strict=True) if kind in LINEAR]
+        for kind, layer in zip(description.layers, self.layers, strict=True):
+            if kind == "tied":
+                layer.weight = linear[0].weight
 
     def forward(self, x: Tensor) -> Any:
         values = [x]
         for kind, *operands in self.description.steps:
             if kind == "call":
-                values.append(self.layers[operands[0]](values[operands[1] % len(values)]))
+                result = self.layers[operands[0]](values[operands[1] % len(values)])
+                values += result if isinstance(result, tuple) else (result,)
             elif kind == "relu":
                 values.append(F.relu(values[operands[0] % len(values)]))
             elif kind == "scale":
@@ -82,18 +88,48 @@ class Block(nn.Module):
         return x + self.inner(x)
 
 
+class Pair(nn.Module):
+    """Returns two values."""
+
+    def __init__(self, convolutional: bool) -> None:
+        super().__init__()
+        self.one = _layer("linear", convolutional)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.one(x), torch.sin(x)
+
+
+class Branch(nn.Module):
+    """Its forward depends on values, so that it cannot be traced, nor can what calls it."""
+
+    def __init__(self, convolutional: bool) -> None:
+        super().__init__()
+        self.one = _layer("linear", convolutional)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.one(x) if x.sum() > 0 else self.one(-x) * 0.5
+
+
+LINEAR = ("linear", "tied")
+_OTHERS: dict[str, type[nn.Module]] = {"block": Block, "pair": Pair, "branch": Branch}
+
+
 def _layer(kind: str, convolutional: bool) -> nn.Module:
-    if kind == "linear":
+    if kind in LINEAR:
         return nn.Conv2d(FEATURES, FEATURES, 3, padding=1) if convolutional else nn.Linear(FEATURES, FEATURES)
     if kind == "norm":
         return nn.BatchNorm2d(FEATURES) if convolutional else nn.LayerNorm(FEATURES)
-    return nn.ReLU() if kind == "relu" else Block(convolutional)
+    return nn.ReLU() if kind == "relu" else _OTHERS[kind](convolutional)  # type: ignore[call-arg]
 
 
 @st.composite
-def descriptions(draw: st.DrawFn) -> Description:
-    """Networks with branches, layers that are called more than once, nested blocks and several outputs."""
-    layers = draw(st.lists(st.sampled_from(["linear", "norm", "relu", "block"]), min_size=1, max_size=3))
+def descriptions(draw: st.DrawFn, *, wide: bool = False) -> Description:
+    """Networks with branches, layers that are called more than once, nested blocks and several outputs.
+
+    ``wide``: also with tied weights, layers that return two values, and layers that cannot be traced.
+    """
+    kinds = ["linear", "norm", "relu", "block"] + ["tied", "pair", "branch"] * wide
+    layers = draw(st.lists(st.sampled_from(kinds), min_size=1, max_size=4 if wide else 3))
     value = st.integers(0, 6)
     call = st.tuples(st.just("call"), st.integers(0, len(layers) - 1), value)
     step = st.one_of(
@@ -105,6 +141,11 @@ def descriptions(draw: st.DrawFn) -> Description:
     steps = [draw(call), *draw(st.lists(step, max_size=5))]
     outputs = draw(st.lists(st.integers(0, 6), min_size=1, max_size=2))
     return Description(draw(st.booleans()), tuple(layers), tuple(steps), (len(steps), *outputs[1:]))
+
+
+def possible_sites(net: nn.Module) -> list[str]:
+    """Names of the modules of a random network that return one tensor."""
+    return [name for name, module in net.named_modules() if name and not isinstance(module, Pair | nn.ModuleList)]
 
 
 def twin(module: nn.Module) -> nn.Module:
