@@ -11,6 +11,7 @@ from torch import fx, nn
 from esper_fx.branch import NAMESPACE, Branch, mangled
 from esper_fx.original import Original, Swap
 from esper_fx.passes.pipeline import Draft
+from esper_fx.site import is_linear_kind
 
 
 def adopt(scope: str, draft: Draft, branch: Branch) -> fx.Graph:
@@ -27,16 +28,20 @@ def adopt(scope: str, draft: Draft, branch: Branch) -> fx.Graph:
 
 
 def adopt_python(module: nn.Module, site: str, branch: Branch) -> None:
-    """Let a module whose forward stays Python hand what it returns to the seed of its site."""
+    """Let a module whose forward stays Python hand what it returns to the seed of its site.
+
+    A linear kind of module hands over its first positional argument as well, as the source.
+    """
     module.__dict__[NAMESPACE] = branch
     original = type(module).forward
     name = mangled(site)
+    sources = 1 if is_linear_kind(module) else 0
 
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         value = original(self, *args, **kwargs)
         mine = self.esper
-        return getattr(mine.seeds, name)(value, mine.state.alpha, mine.state.gate)
+        return getattr(mine.seeds, name)(value, mine.state.alpha, mine.state.gate, *args[:sources])
 
     members = Original(type(module), site, Swap.PYTHON).members()
     module.__class__ = type(f"Seeded{type(module).__name__}", (type(module),), {**members, "forward": forward})

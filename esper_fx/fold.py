@@ -108,11 +108,18 @@ def _merge_beside(host: Layer, body: nn.Module, alpha: float) -> None:
         raise NotFoldable("its body has dropout")
     if isinstance(host, TRANSPOSED) or (not isinstance(host, nn.Linear) and host.groups != 1):
         raise NotFoldable(f"the {_name(host)} is transposed or has groups")
+    if not isinstance(host, nn.Linear) and not _moves_alike(host, body.down):
+        raise NotFoldable(f"its body does not move over the input as the {_name(host)} does")
     if any(has_own_call(part) for part in body.modules()):
         raise NotFoldable("its body has hooks")
     down, up = (as_double(layer.weight) for layer in (body.down, body.up) if isinstance(layer.weight, Tensor))
     change = (up.flatten(1) @ down.flatten(1)).reshape(host.weight.shape)
     host.weight = _like(as_double(host.weight) + alpha * float(body.scale) * change, host.weight)
+
+
+def _moves_alike(host: nn.Module, down: nn.Module) -> bool:
+    """Whether two convolutions look at the same places of their input, so that their weights may be added."""
+    return all(getattr(host, name) == getattr(down, name) for name in ("stride", "padding", "dilation", "padding_mode"))
 
 
 def _like(values: Tensor, parameter: Tensor) -> nn.Parameter:

@@ -103,16 +103,24 @@ def residual(
 
 
 def add_residual_hook(
-    module: nn.Module, holder: str, name: str, body: nn.Module, alpha: float, container: type | None = None
+    module: nn.Module,
+    holder: str,
+    name: str,
+    body: nn.Module,
+    alpha: float,
+    container: type | None = None,
+    source: bool = False,
 ) -> None:
     """Let a module return ``y + alpha * body(y)`` where its forward returns ``y``; for forwards that no graph can hold.
 
     torch.fx has no way to write ``f(*args, **kwargs)``, so this is a forward hook: a GraphModule, which is also the
-    submodule ``holder`` and has the body under ``name``. The other arguments are those of `residual`.
+    submodule ``holder`` and has the body under ``name``. With ``source`` the body reads the module's first positional
+    argument. The other arguments are those of `residual`.
     """
     graph = fx.Graph()
-    _, _, y = (graph.placeholder(argument) for argument in ("module", "args", "y"))
-    graph.output(residual(graph, y, name, alpha, container)[-1])
+    _, args, y = (graph.placeholder(argument) for argument in ("module", "args", "y"))
+    first = graph.call_function(operator.getitem, (args, 0)) if source else None
+    graph.output(residual(graph, y, name, alpha, container, first)[-1])
     hook = nn.Module().train(module.training)
     hook.add_module(name, body)
     become_graph_module(hook, graph, "Residual")

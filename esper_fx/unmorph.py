@@ -106,7 +106,8 @@ def _rebuild_python(scope: Scope, kept: Mapping[str, SeedSnapshot], memo: dict[i
     ((site, seed),) = kept.items()
     holder, bodies = _free_name(HOLDER, module), nn.Module()
     name = _add_body(bodies, site, scope.path, seed, memo)
-    add_residual_hook(module, holder, name, bodies.get_submodule(name), seed.alpha, seed.container)
+    body = bodies.get_submodule(name)
+    add_residual_hook(module, holder, name, body, seed.alpha, seed.container, reads_source(seed.body))
     return {site: f"module {join(scope.path, holder, name)}"}
 
 

@@ -51,7 +51,7 @@ def load_adapter(
         )
     adapter = f"the adapter in {os.fspath(path)}"
     loras = read_checkpoint(Path(path))
-    names = [name for name, _ in model.named_modules() if name and not _is_ours(name)]
+    names = {name for name, _ in model.named_modules() if name and not _is_ours(name)}
     sites = match(adapter, list(loras), model.seeds, names)
     with model.growth.lock:
         seeds = {model.seeds[site]: loras[module] for module, site in sites.items()}

@@ -36,7 +36,7 @@ def match(adapter: str, modules: Sequence[str], sites: Collection[str], model: C
             "on, so that the names are the same"
         )
     best = max(renamings, key=lambda renaming: sum(name in model for name in renaming.values()))
-    raise AdapterError(f"{adapter} does not fit the model: " + "; ".join(_problems(best, sites, model)))
+    raise AdapterError(f"{adapter} does not fit: " + "; ".join(_problems(best, sites, model)))
 
 
 def _renamings(modules: Sequence[str], model: Collection[str]) -> Iterator[dict[str, str]]:
@@ -55,13 +55,12 @@ def _renamings(modules: Sequence[str], model: Collection[str]) -> Iterator[dict[
 def _problems(renaming: Mapping[str, str], sites: Collection[str], model: Collection[str]) -> Iterator[str]:
     absent = [module for module, name in renaming.items() if name not in model]
     if absent:
-        yield f"it has no module {_listed(_with_nearest(module, model) for module in absent)}"
+        yield f"the model has no module {_listed(_with_nearest(module, model) for module in absent)}"
     others = [name for name in renaming.values() if name in model and name not in sites]
     if others:
-        yield (
-            f"no seed sits at {_listed(map(repr, others))}: pass these modules to morph(), for example "
-            "sites=esper_fx.adapter_modules(path)"
-        )
+        same = all(module == name for module, name in renaming.items())
+        example = ", for example sites=esper_fx.adapter_modules(path)" if same else ""
+        yield f"no seed sits at {_listed(map(repr, others))}: pass these modules to morph(){example}"
 
 
 def _with_nearest(module: str, model: Collection[str]) -> str:

@@ -157,3 +157,39 @@ def test_an_adapter_under_no_grad_and_autocast(tmp_path: Path) -> None:
         torch.testing.assert_close(fast(x), model(x), rtol=1e-5, atol=1e-5)
         with torch.autocast("cpu", torch.bfloat16):
             torch.testing.assert_close(fast(x), model(x), rtol=0.1, atol=0.1)
+
+
+class _ValueDependent(nn.Module):
+    """Cannot be recorded."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.zeros(features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale if float(x.detach().sum()) < 1e9 else x
+
+
+def test_where_one_body_has_no_kernel_none_of_those_that_germinate_together_goes_live() -> None:
+    from esper_fx.growth import Order
+
+    @esper_fx.blueprint("test_adapters_value_dependent", replace=True)
+    def value_dependent(site: esper_fx.SiteSpec) -> nn.Module:
+        return _ValueDependent(site.features)
+
+    x = torch.randn(2, 4, 6, 6)
+    model = esper_fx.morph(maps(), sites=["0", "3"], example_inputs=(x,))
+    fast = torch.compile(model, backend="esper")
+    before = fast(x).detach()
+    orders = [
+        Order(model.seeds["0"], "low_rank", {"rank": 2, "reads": "input"}),
+        Order(model.seeds["3"], "test_adapters_value_dependent", {}),
+    ]
+    germinations = model.growth.germinate_together(orders)
+    assert all(germination.wait(300) for germination in germinations)
+    for germination in germinations:
+        assert isinstance(germination.exception(), esper_fx.GerminationError)
+        assert "the bodies at sites '0', '3' have no kernel" in str(germination.exception())
+    assert {seed.stage for seed in model.seeds.values()} <= {Stage.EMBARGOED, Stage.DORMANT}
+    assert [seed.body for seed in model.seeds.values()] == [None, None]
+    torch.testing.assert_close(fast(x), before)

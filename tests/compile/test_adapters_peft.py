@@ -25,7 +25,7 @@ def _fixed_seed() -> None:
     torch.manual_seed(0)
 
 
-def llama(kind: str = "LlamaModel") -> tuple[nn.Module, Tensor]:
+def llama() -> tuple[nn.Module, Tensor]:
     import transformers
 
     config = transformers.LlamaConfig(
@@ -39,7 +39,7 @@ def llama(kind: str = "LlamaModel") -> tuple[nn.Module, Tensor]:
         bos_token_id=None,
         eos_token_id=None,
     )
-    return getattr(transformers, kind)(config), torch.randint(32, (2, 5))
+    return transformers.LlamaForCausalLM(config), torch.randint(32, (2, 5))
 
 
 def gpt2() -> tuple[nn.Module, Tensor]:
@@ -57,7 +57,7 @@ def gpt2() -> tuple[nn.Module, Tensor]:
         bos_token_id=None,
         eos_token_id=None,
     )
-    return transformers.GPT2Model(config), torch.randint(32, (2, 5))
+    return transformers.GPT2LMHeadModel(config), torch.randint(32, (2, 5))
 
 
 def arguments(x: Tensor) -> dict[str, Any]:
@@ -241,7 +241,7 @@ def test_grown_seeds_of_all_ranks_and_names_that_are_ends_of_others_are_saved_fo
 
 
 def test_an_adapter_of_a_wrapper_goes_onto_the_model_inside_and_back(tmp_path: Path) -> None:
-    net, ids = llama("LlamaForCausalLM")
+    net, ids = llama()
     theirs = trained(net, {"r": 2, **LLAMA})
     theirs.save_pretrained(tmp_path / "first")
     model = esper_fx.morph(net.model, sites=["**.*_proj"], example_inputs=arguments(ids))

@@ -256,7 +256,7 @@ def test_modules_that_do_not_exist_are_named_with_what_comes_nearest(tmp_path: P
         model,
         lambda: esper_fx.load_adapter(model, tmp_path),
         AdapterError,
-        f"the adapter in {tmp_path} does not fit the model: it has no module 'frist' (nearest: 'first', ",
+        f"the adapter in {tmp_path} does not fit: the model has no module 'frist' (nearest: 'first', ",
         "'hed.1' (nearest: 'head.1', ",
     )
 
@@ -276,6 +276,14 @@ def test_modules_where_no_seed_sits_are_named(tmp_path: Path) -> None:
         AdapterError,
         "no seed sits at 'head.1', 'shared': pass these modules to morph(), for example "
         "sites=esper_fx.adapter_modules(path)",
+    )
+    loras = loras_for(model, {"first": 2, "shared": 2})
+    write_checkpoint(tmp_path, {f"model.{name}": lora for name, lora in loras.items()})
+    refused(
+        model,
+        lambda: esper_fx.load_adapter(model, tmp_path),
+        AdapterError,
+        "does not fit: no seed sits at 'shared': pass these modules to morph()",
     )
 
 

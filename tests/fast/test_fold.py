@@ -517,3 +517,26 @@ def test_a_body_that_reads_the_input_is_kept_or_folded(host: nn.Module, shape: t
     assert not torch.allclose(model(x), net(x))
     torch.testing.assert_close(plain(x), model(x), rtol=1e-5, atol=1e-5)
     assert torch.equal(net(x), nn.Sequential(host, nn.Tanh())(x))
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular"),
+        nn.Conv2d(3, 4, 3, padding="same", dilation=2),
+        nn.Conv2d(3, 4, 3, padding=1, groups=1, dilation=1, padding_mode="reflect"),
+    ],
+    ids=["circular", "dilated", "reflecting"],
+)
+def test_a_body_that_moves_over_the_input_in_another_way_than_its_convolution_is_kept(host: nn.Module) -> None:
+    """LoRA as PEFT has it pads with zeros, and is not dilated where the padding is "same"."""
+    net, x = nn.Sequential(host, nn.Tanh()), torch.randn(2, 3, 6, 6)
+    model = esper_fx.morph(net, sites="0", example_inputs=(x,))
+    model.seeds["0"].germinate("low_rank", rank=2, reads="input")
+    with torch.no_grad():
+        for parameter in model.seeds["0"].body.parameters():  # type: ignore[union-attr]
+            parameter.normal_(0.0, 0.3)
+    plain = esper_fx.unmorph(model, fold=True)
+    assert "does not move over the input as the Conv2d does" in str(plain.lineage)
+    torch.testing.assert_close(plain(x), model(x), rtol=1e-6, atol=1e-6)
+    assert not torch.allclose(model(x), net(x), atol=1e-2)

@@ -75,6 +75,14 @@ def hooked() -> nn.Module:
     return net
 
 
+class Moody(nn.Linear):
+    """A linear map that cannot be traced, so that it stays Python."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        assert float(input.detach().sum()) < 1e9
+        return super().forward(input)
+
+
 def volumes() -> nn.Module:
     return nn.Sequential(nn.Conv3d(2, 4, 3, padding=1, dilation=1), nn.ReLU(), nn.Conv3d(4, 2, 2, dilation=2))
 
@@ -87,6 +95,7 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], list[str]]] = {
     "volumes": (volumes, (2, 2, 5, 5, 5), ["0", "2"]),
     "scopes": (Branching, (3, 4), ["plain", "transposed", "block.0"]),
     "hooks": (hooked, (3, 4), ["0"]),
+    "python": (lambda: nn.Sequential(Moody(4, 5), nn.Tanh(), Moody(5, 3)), (3, 4), ["0", "2"]),
 }
 
 
@@ -106,6 +115,31 @@ def test_a_body_that_reads_the_input_computes_and_learns_what_lora_does(name: st
     assert set(gradients) <= set(mine)
     for key, gradient in gradients.items():
         torch.testing.assert_close(mine[key], gradient, rtol=1e-6, atol=1e-6, msg=key)
+
+
+@pytest.mark.parametrize("name", ["tokens", "scopes", "python"])
+def test_a_body_that_reads_the_input_is_kept_by_unmorph(name: str) -> None:
+    make, shape, sites = NETS[name]
+    net, x = make(), torch.randn(shape)
+    model = esper_fx.morph(net, sites=sites, example_inputs=(x,))
+    loras = {site: grow(model, site, scale=0.5 + i) for i, site in enumerate(sites)}
+    plain = esper_fx.unmorph(model)
+    torch.testing.assert_close(plain(x), with_lora(net, loras)(x), rtol=1e-6, atol=1e-6)
+
+
+def test_a_layer_that_stays_python_has_a_source_where_it_is_given_its_input_by_position() -> None:
+    class Caller(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = Moody(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(input=x)
+
+    model = esper_fx.morph(Caller(), sites="layer", example_inputs=(torch.randn(2, 4),))
+    assert model.seeds["layer"].site.source is None
+    model = esper_fx.morph(nn.Sequential(Moody(4, 3)), sites="0", example_inputs=(torch.randn(2, 4),))
+    assert model.seeds["0"].site.source == SourceSpec((2, 4), 1)
 
 
 def test_a_source_is_what_the_module_reads_after_the_seeds_before_it() -> None:
