@@ -136,7 +136,7 @@ class Changes:
                 for member in together:
                     self._growth.commit(member)
             live = self._live()
-            self.swaps += sum(program.activate(live) for program in list(self.programs))
+            self.swaps += sum(program.activate(self._all_of(program, live)) for program in list(self.programs))
             self.kick()
 
     # Copies and checkpoints.
@@ -164,7 +164,7 @@ class Changes:
     def restored(self) -> None:
         """The model has other bodies, between two steps: let no program run the old ones. May compile, and so block."""
         live = self._live()
-        self.swaps += sum(program.restore(live) for program in list(self.programs))
+        self.swaps += sum(program.restore(self._all_of(program, live)) for program in list(self.programs))
         self.resume()
         self.kick()
 
@@ -216,8 +216,13 @@ class Changes:
                 break
         return live
 
+    def _all_of(self, program: SizedProgram, live: set[KasminaSeed]) -> set[KasminaSeed]:
+        """These seeds of this model, and the live ones of the other models that are part of the same program."""
+        others = [growth for growth in program.growths if growth is not self._growth]
+        return live.union(seed for growth in others for seed in growth.by_index if seed.live) if others else live
+
     def _can_run(self, live: set[KasminaSeed]) -> bool:
-        return all(program.can_run(live) for program in list(self.programs))
+        return all(program.can_run(self._all_of(program, live)) for program in list(self.programs))
 
     # Getting kernels ready.
 
@@ -253,7 +258,7 @@ class Changes:
         missing: list[Variant] = []
         try:
             for program in programs:
-                missing += program.request(live, urgent=True, retry=not change.tried)
+                missing += program.request(self._all_of(program, live), urgent=True, retry=not change.tried)
             change.tried = True
             error = next((variant.error for variant in missing if variant.error is not None), None)
         except Exception as problem:
@@ -271,12 +276,12 @@ class Changes:
     def _improve(self, program: SizedProgram, live: set[KasminaSeed]) -> list[Future[Any]]:
         """Get all plans for the morphology of now ready; the next boundary switches to a better one."""
         try:
-            missing = program.request(live, urgent=False, retry=False)
+            missing = program.request(self._all_of(program, live), urgent=False, retry=False)
         except Exception as error:
             logger.warning("a plan could not be prepared: %s", error)
             return []
         with self._lock:
-            if live == self._live() and program.has_better(live):
+            if live == self._live() and program.has_better(self._all_of(program, live)):
                 self._boundary_work = True
         return [variant.future for variant in missing if variant.future is not None and variant.error is None]
 

@@ -68,6 +68,31 @@ def test_a_model_that_has_grown_before_it_is_compiled() -> None:
     assert model.stats().plans == ("whole",)
 
 
+def test_two_models_in_one_program_each_keep_what_they_have_grown() -> None:
+    x = torch.randn(4, 6)
+    first, second = (
+        esper_fx.morph(nn.Sequential(nn.Linear(6, 6), nn.Tanh()), sites="0", example_inputs=(x,)) for _ in range(2)
+    )
+    both = nn.Sequential(first, second)
+    fast = torch.compile(both, backend="esper")
+    fast(x)
+    before = both(x)
+    for model in (first, second):
+        assert model.seeds["0"].germinate("affine").wait(300)
+        for parameter in model.seeds["0"].body.parameters():
+            nn.init.constant_(parameter, 0.5)
+        assert model.settle(300)
+        assert not torch.allclose(both(x), before, atol=1e-2)
+        before = both(x)
+        torch.testing.assert_close(fast(x), before)
+    saved = copy.deepcopy(both.state_dict())
+    first.seeds["0"].prune()
+    fast(x)
+    both.load_state_dict(saved)
+    torch.testing.assert_close(fast(x), before)
+    assert first.stats().plans == second.stats().plans == ("whole",)
+
+
 def test_equal_blocks_share_kernels_and_an_equal_change_compiles_nothing() -> None:
     example = _small()
     model = esper_fx.morph(example.model, sites="blocks.*", example_inputs=example.inputs)

@@ -122,6 +122,7 @@ class Stuck:
 
     def __init__(self, model: esper_fx.MorphableModel) -> None:
         self.service = self
+        self.growths = [model.growth]
         self.restored: list[set[str]] = []
         self._loop = asyncio.new_event_loop()
         model.growth.changes.programs.add(self)  # type: ignore[arg-type]
