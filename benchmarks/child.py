@@ -24,14 +24,20 @@ FOLDERS = {"esper_fx": "ESPER_FX_CACHE_DIR", "inductor": "TORCHINDUCTOR_CACHE_DI
 
 
 @contextmanager
-def fresh_folders() -> Iterator[dict[str, str]]:
-    """Environment variables that point our store and Inductor's own cache to new empty folders, removed at the end."""
+def fresh_folders(filled_like: Mapping[str, str] | None = None) -> Iterator[dict[str, str]]:
+    """Environment variables that point our store and Inductor's own cache to new folders, removed at the end.
+
+    Args:
+        filled_like: What this yielded before: the new folders begin as copies of those. Default: they are empty.
+    """
     folder = Path(tempfile.mkdtemp(prefix="esper-fx-bench-"))
     try:
         environment = {}
         for name, variable in FOLDERS.items():
             path = folder / name
             path.mkdir(mode=0o700)
+            if filled_like is not None:
+                shutil.copytree(filled_like[variable], path, symlinks=True, dirs_exist_ok=True)
             environment[variable] = str(path)
         yield environment
     finally:

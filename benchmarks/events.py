@@ -15,6 +15,12 @@ WARMUP = 10
 TAKEOVER_S = 400.0
 
 
+def prepare(model: str, seed: int) -> dict[str, Any]:
+    """Compile the model without a change, so that its kernels are in the store."""
+    training.settle(training.esper_loop(training.case(model, seed)))
+    return {}
+
+
 def grow_running(model: str, steps: int, after: int, seed: int) -> dict[str, Any]:
     """Germinate in a training loop that never stops, and watch until ``after`` steps past the last takeover.
 
@@ -31,6 +37,7 @@ def grow_running(model: str, steps: int, after: int, seed: int) -> dict[str, Any
     """
     loop = training.esper_loop(training.case(model, seed))
     training.settle(loop)
+    training.wait_for_a_worker()
     watch = _Watch(loop)
     before = watch.run(WARMUP + steps)[WARMUP:]
     loop.net.reset_stats()
@@ -74,6 +81,7 @@ def grow_idle(model: str, seed: int) -> dict[str, Any]:
     """The same germination while the training loop stands still: ``idle_s`` until the kernels are ready."""
     loop = training.esper_loop(training.case(model, seed))
     training.settle(loop)
+    training.wait_for_a_worker()
     started = perf_counter()
     loop.net.seeds[training.MIDDLE[model]].germinate("low_rank", rank=8).wait(training.SETTLE_S)
     idle_s = perf_counter() - started

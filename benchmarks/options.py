@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-NAMES = ("swap", "dormant", "active", "reuse", "restart")
+NAMES = ("swap", "dormant", "active", "reuse", "restart", "zoo")
 MODELS = ("transformer", "cnn")
 
 

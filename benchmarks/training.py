@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 import esper_fx
 from esper_fx import blueprints
+from esper_fx.engine.service import service
 from esper_fx.lifecycle import Stage
 from esper_fx.site import SiteSpec
 from tests.support import models
@@ -104,6 +106,13 @@ def settle(loop: Loop) -> None:
         loop.step()
     if not on_best_plan(loop):
         raise RuntimeError(f"after settle() the engine does not run the plan 'whole': {loop.net.stats()}")
+
+
+def wait_for_a_worker() -> None:
+    """Wait until a worker process of the compiler is up: it is, when a process has trained for a while."""
+    compiler = service().compiler
+    while compiler is not None and not compiler.ready():
+        sleep(0.1)
 
 
 def on_best_plan(loop: Loop) -> bool:

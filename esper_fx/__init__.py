@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from esper_fx.adapters import adapter_modules, load_adapter, save_adapter, unload_adapter
 from esper_fx.blueprints import Blueprint, blueprint
 from esper_fx.cache import ArtifactStore, KernelCache, KernelCompiler, KernelKey
 from esper_fx.errors import (
+    AdapterError,
+    AdapterFileError,
     BlueprintError,
+    CheckpointError,
     EsperError,
     GerminationError,
     KernelBuildError,
     LifecycleError,
+    MissingDependencyError,
     MorphError,
     OptimizerError,
     SettingsError,
@@ -24,7 +29,7 @@ from esper_fx.morph import MorphableModel, morph, wrap
 from esper_fx.optim import attach
 from esper_fx.seed import Germination, KasminaSeed
 from esper_fx.settings import Settings, configure, settings
-from esper_fx.site import SiteSpec
+from esper_fx.site import ConvolutionSpec, SiteSpec, SourceSpec
 from esper_fx.state import KasminaStateLayout
 from esper_fx.stats import EngineStats
 from esper_fx.unmorph import unmorph, unwrap
@@ -32,9 +37,13 @@ from esper_fx.unmorph import unmorph, unwrap
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdapterError",
+    "AdapterFileError",
     "ArtifactStore",
     "Blueprint",
     "BlueprintError",
+    "CheckpointError",
+    "ConvolutionSpec",
     "EngineStats",
     "EsperError",
     "Germination",
@@ -48,6 +57,7 @@ __all__ = [
     "KernelKey",
     "Ledger",
     "LifecycleError",
+    "MissingDependencyError",
     "MorphError",
     "MorphableModel",
     "Morphology",
@@ -56,14 +66,19 @@ __all__ = [
     "SettingsError",
     "SiteError",
     "SiteSpec",
+    "SourceSpec",
     "Stage",
     "StoreError",
     "UnknownBlueprintError",
+    "adapter_modules",
     "attach",
     "blueprint",
     "configure",
+    "load_adapter",
     "morph",
+    "save_adapter",
     "settings",
+    "unload_adapter",
     "unmorph",
     "unwrap",
     "wrap",

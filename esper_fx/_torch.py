@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
+import logging
 import os
 import threading
 import zipfile
@@ -15,6 +17,7 @@ from torch import fx, nn
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
     "CHANNEL_FIRST_LAYERS",
@@ -28,7 +31,9 @@ __all__ = [
     "HigherOrderOperator",
     "OpOverload",
     "OpOverloadPacket",
+    "TorchDispatchMode",
     "pytree",
+    "quiet_fakes",
     "storage_id",
     "uncompiled",
 ]
@@ -70,6 +75,17 @@ def storage_id(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
+@contextlib.contextmanager
+def quiet_fakes() -> Iterator[None]:
+    """Keep fake tensors from logging an error for what their caller expects and handles."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    disabled, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = disabled
+
+
 def uncompiled(module: nn.Module) -> nn.Module:
     """The module that `torch.compile` was given, or the module itself where it was not compiled."""
     inner: nn.Module = getattr(module, "_orig_mod", module)
@@ -83,6 +99,30 @@ PRESERVED_ATTRIBUTES = "_user_preserved_attributes"
 BACKEND_NAME = "esper"
 
 _GRAPH_LOCK = threading.RLock()
+
+
+# Modules
+
+
+def load_in_progress() -> tuple[bool, dict[str, Any] | None]:
+    """``strict`` and the metadata of the ``load_state_dict`` that is under way on this thread.
+
+    A module's hook is told neither: PyTorch hands every one ``strict=True`` and the metadata of its own module. Where that
+    cannot be found out, ``strict`` is True and the metadata None.
+    """
+    code = inspect.unwrap(nn.Module.load_state_dict).__code__
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    if frame is None:
+        return True, None
+    metadata = frame.f_locals.get("metadata")
+    if metadata is not None:  # PyTorch notes assign=True in it, for good
+        metadata = {
+            path: {key: value for key, value in entry.items() if key != "assign_to_params_buffers"}
+            for path, entry in metadata.items()
+        }
+    return bool(frame.f_locals.get("strict", True)), metadata
 
 
 # Dynamo

@@ -46,12 +46,28 @@ class KernelBuildError(EsperError, RuntimeError):
         self.worker_traceback = worker_traceback
 
 
+class CheckpointError(EsperError, RuntimeError):
+    """A checkpoint does not fit the model, or a model cannot be saved; nothing was changed."""
+
+
 class StoreError(EsperError, OSError):
     """An artifact store's folder cannot be used."""
 
 
+class AdapterError(EsperError, ValueError):
+    """An adapter cannot be loaded or saved as asked."""
+
+
+class AdapterFileError(AdapterError, OSError):
+    """A file of an adapter is missing or cannot be read."""
+
+
+class MissingDependencyError(EsperError, ImportError):
+    """A package is needed that is not installed."""
+
+
 class OptimizerError(EsperError, ValueError):
-    """An optimizer cannot be attached to this model."""
+    """An optimizer cannot be attached to this model, or a saved state does not fit it."""
 
 
 class SettingsError(EsperError, ValueError):

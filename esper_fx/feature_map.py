@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from esper_fx.blueprints._layers import TwoLayers
 from esper_fx.blueprints.affine import Affine
+from esper_fx.blueprints.low_rank import LowRank
 from esper_fx.blueprints.sequence import Chain
 from esper_fx.passes.trace import has_own_call
 
@@ -68,6 +69,10 @@ def feature_map(module: nn.Module) -> FeatureMap:
         return FeatureMap(module.feature_dim, lambda columns, shifted: columns * scale + (shift if shifted else 0.0))
     if isinstance(module, TwoLayers) and kind is TwoLayers:
         return _one_after_another([module.down, module.activation, module.up])
+    if isinstance(module, LowRank) and kind is LowRank and not module.reads_source:
+        layers = _one_after_another([module.dropout, module.down, module.activation, module.up])
+        factor = module.scale.item()
+        return FeatureMap(layers.axis, lambda columns, shifted: layers.apply(columns, shifted) * factor)
     if kind is nn.Sequential:
         return _one_after_another(list(module.children()))
     if isinstance(module, Chain) and kind is Chain:

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from esper_fx._torch import storage_id
+from esper_fx.blueprints.low_rank import LowRank
+from esper_fx.branch import NAMESPACE
 from esper_fx.feature_map import CONVOLUTIONS, TRANSPOSED, Layer, NotFoldable, as_double, feature_axis, feature_map
 from esper_fx.lineage import SeedSnapshot
-from esper_fx.morph import NAMESPACE
+from esper_fx.ops import reads_source
 from esper_fx.original import original_kind
 from esper_fx.passes.trace import has_own_call
 from esper_fx.scopes import Scope, is_seed, join
@@ -67,6 +69,9 @@ def merge(host: Layer, body: nn.Module, alpha: float) -> None:
     Raises:
         NotFoldable: The body is not a linear map of the layer's output features; nothing has changed then.
     """
+    if reads_source(body):
+        _merge_beside(host, body, alpha)
+        return
     grown, name = feature_map(body), _name(host)
     if grown.axis not in (None, feature_axis(host)):
         raise NotFoldable(
@@ -93,6 +98,21 @@ def merge(host: Layer, body: nn.Module, alpha: float) -> None:
         parameters["bias"] = _like(new_bias, host.weight if host.bias is None else host.bias)
     for key, parameter in parameters.items():
         setattr(host, key, parameter)
+
+
+def _merge_beside(host: Layer, body: nn.Module, alpha: float) -> None:
+    """Give a layer ``W + alpha · scale · up · down``: the body reads what the layer reads, as LoRA does."""
+    if not isinstance(body, LowRank) or type(body) is not LowRank or not isinstance(body.activation, nn.Identity):
+        raise NotFoldable("its body reads the layer's input and is not linear")
+    if not isinstance(body.dropout, nn.Identity):
+        raise NotFoldable("its body has dropout")
+    if isinstance(host, TRANSPOSED) or (not isinstance(host, nn.Linear) and host.groups != 1):
+        raise NotFoldable(f"the {_name(host)} is transposed or has groups")
+    if any(has_own_call(part) for part in body.modules()):
+        raise NotFoldable("its body has hooks")
+    down, up = (as_double(layer.weight) for layer in (body.down, body.up) if isinstance(layer.weight, Tensor))
+    change = (up.flatten(1) @ down.flatten(1)).reshape(host.weight.shape)
+    host.weight = _like(as_double(host.weight) + alpha * float(body.scale) * change, host.weight)
 
 
 def _like(values: Tensor, parameter: Tensor) -> nn.Parameter:

@@ -1,22 +1,19 @@
-"""Growth: what happens to the seeds of one model, when, and what the engine must get ready for it."""
+"""Growth: the life of one model's seeds, which transitions they make, when and why."""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
-import logging
 import threading
 import time
-import weakref
-from collections.abc import Mapping
-from concurrent.futures import Future
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from esper_fx import blueprints, ops
-from esper_fx.conductor import Conductor
+from esper_fx.changes import Change, Changes
 from esper_fx.errors import BlueprintError, GerminationError
 from esper_fx.lifecycle import GrowthEvent, Ledger, Stage, check_transition
 from esper_fx.seed import Germination, KasminaSeed
@@ -25,11 +22,7 @@ from esper_fx.site import SiteSpec
 from esper_fx.state import KasminaStateLayout
 
 if TYPE_CHECKING:
-    from esper_fx.engine.program import Program, SizedProgram
-    from esper_fx.engine.region import Variant
     from esper_fx.optim import Attachment
-
-logger = logging.getLogger(__name__)
 
 _handles = itertools.count(1)
 
@@ -48,23 +41,27 @@ class Morphology:
         return "{" + ", ".join(f"{site}: {blueprint}" for site, blueprint in rows) + "}"
 
 
-@dataclass(eq=False)
-class _Change:
-    """A change of the morphology that is on its way: a seed's body comes (with its germination) or goes."""
+@dataclass(frozen=True, eq=False)
+class Order:
+    """A germination that is asked for; see :meth:`KasminaSeed.germinate`.
+
+    Attributes:
+        trainable: Whether the body's parameters get gradients.
+    """
 
     seed: KasminaSeed
-    germination: Germination | None
-    target: Stage
-    error: BaseException | None = None
-    ready: bool = False
-    tried: bool = False
+    blueprint: str
+    config: Mapping[str, Any]
+    weights: Mapping[str, Tensor] | None = None
+    alpha: float | None = None
+    trainable: bool = True
 
 
 class Growth:
-    """The life of one model's seeds.
+    """The life of one model's seeds: every transition goes through here.
 
-    Every transition goes through here. Changes of the morphology are queued; the conductor, a coroutine on the engine's
-    thread, gets their kernels ready; a step boundary on the training thread makes them live.
+    A transition that changes the morphology is handed to ``changes``, which gets its kernels ready and comes back at a
+    step boundary to have it committed.
 
     Attributes:
         handle: Number of the model within the process.
@@ -73,8 +70,10 @@ class Growth:
         by_index: The same by their row in the state arrays.
         ledger: What has happened.
         clock: Training steps seen: steps of the attached optimizer, or forward calls where there is none.
-        programs: The compiled programs that run the model.
+        changes: What is on its way, and the step boundaries.
+        attachment: The tie to an optimizer, or None.
         scheduled: Whether an alpha is on its way.
+        lock: Held while a transition is made.
     """
 
     def __init__(self, state: KasminaStateLayout, seed: int) -> None:
@@ -90,19 +89,9 @@ class Growth:
         self.handle = next(_handles)
         ops.hosts[self.handle] = self
         self.lock = threading.RLock()
-        self.programs: weakref.WeakSet[SizedProgram] = weakref.WeakSet()
         self.attachment: Attachment | None = None
         self.scheduled = True  # until a tick has looked
-        self.epoch = 0
-        self.recompiles = 0
-        self.swaps = 0
-        self.longest_host = 0.0
-        self._host = 0.0
-        self._pending: list[_Change] = []
-        self._boundary_work = False
-        self._unfinished = False
-        self._thread: int | None = None
-        self._conductor = Conductor(self)
+        self.changes = Changes(self)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: self.__dict__[name] for name in ("state", "model_seed", "seeds", "by_index", "ledger", "clock")}
@@ -110,16 +99,7 @@ class Growth:
     def __setstate__(self, saved: dict[str, Any]) -> None:
         self.__dict__.update(saved)
         self._begin()
-        self._unfinished = True
-
-    def _finish_copy(self) -> None:
-        """A copy of a model takes over the changes that were on their way in the original."""
-        self._unfinished = False
-        for seed in self.by_index:
-            if seed.stage == Stage.GERMINATING:
-                self._enqueue(_Change(seed, Germination(seed), Stage.INCUBATING))
-            elif seed.stage == Stage.EMBARGOED and seed.live:
-                self._enqueue(_Change(seed, None, Stage.EMBARGOED))
+        self.changes.unfinished = True
 
     # Transitions, asked for by the user.
 
@@ -133,36 +113,62 @@ class Growth:
         config: Mapping[str, Any],
     ) -> Germination:
         """See :meth:`KasminaSeed.germinate`."""
+        (germination,) = self.germinate_together([Order(seed, blueprint, config, weights, alpha)])
+        return germination
+
+    def germinate_together(self, orders: Sequence[Order]) -> list[Germination]:
+        """Germinate several seeds, of which all go live in one step or, where one cannot, none.
+
+        Raises:
+            EsperError: As for one seed; nothing has changed then, at any of them.
+        """
         started = time.perf_counter()
         with self.lock:
-            check_transition(seed.name, seed.stage, Stage.GERMINATING)
-            kind = blueprints.get(blueprint)
-            site = seed.site
-            reason = kind.fits(site)
-            if reason is not None:
-                fitting = ", ".join(seed.fits()) or "none"
-                raise BlueprintError(
-                    f"blueprint {blueprint!r} does not fit site {seed.name!r}: {reason}. It fits: {fitting}"
-                )
-            number = int(self.state.read("germinations", seed.index))
-            body = kind.build(site, config, seed=_body_seed(self.model_seed, seed.name, number))
-            _validate_once(kind, body, site, config)
-            if weights is not None:
-                _load_weights(body, weights, blueprint, seed.name)
-            body.train(seed.training)
-            if alpha is None:
-                alpha = 1.0 if weights is not None else settings().incubation_alpha
-            target = Stage.INCUBATING if weights is None else Stage.ACTIVE
-            self.state.write(seed.index, alpha=alpha, gate=float(target is Stage.ACTIVE), germinations=number + 1)
-            seed.set_body(body, blueprint, kind.bind(config))
-            seed.error = None
-            self._move(seed, Stage.GERMINATING, f"germinated as {blueprint}")
-            if self.attachment is not None:
-                self.attachment.join(seed)
-            germination = Germination(seed)
-            self._enqueue(_Change(seed, germination, target))
-        self._host += time.perf_counter() - started
-        return germination
+            bodies = [self._build_body(order) for order in orders]
+            group = object()
+            germinations, coming = [], []
+            for order, body in zip(orders, bodies, strict=True):
+                target = Stage.INCUBATING if order.weights is None else Stage.ACTIVE
+                self._plant(order, body, target)
+                germinations.append(Germination(order.seed))
+                coming.append(Change(order.seed, germinations[-1], target, group=group))
+            self.changes.add(*coming)
+        self.changes.count_host_time(time.perf_counter() - started)
+        return germinations
+
+    def _build_body(self, order: Order) -> nn.Module:
+        """The body that is asked for; changes nothing."""
+        seed, config = order.seed, order.config
+        check_transition(seed.name, seed.stage, Stage.GERMINATING)
+        kind = blueprints.get(order.blueprint)
+        site = seed.site
+        reason = kind.fits(site)
+        if reason is not None:
+            fitting = ", ".join(seed.fits()) or "none"
+            raise BlueprintError(
+                f"blueprint {order.blueprint!r} does not fit site {seed.name!r}: {reason}. It fits: {fitting}"
+            )
+        number = int(self.state.read("germinations", seed.index))
+        body = kind.build(site, config, seed=body_seed(self.model_seed, seed.name, number))
+        _validate_once(kind, body, site, config)
+        if order.weights is not None:
+            _load_weights(body, order.weights, order.blueprint, seed.name)
+        if not order.trainable:
+            body.requires_grad_(False)
+        return body
+
+    def _plant(self, order: Order, body: nn.Module, target: Stage) -> None:
+        seed, alpha = order.seed, order.alpha
+        body.train(seed.training)
+        if alpha is None:
+            alpha = 1.0 if order.weights is not None else settings().incubation_alpha
+        number = int(self.state.read("germinations", seed.index))
+        self.state.write(seed.index, alpha=alpha, gate=float(target is Stage.ACTIVE), germinations=number + 1)
+        seed.set_body(body, order.blueprint, blueprints.get(order.blueprint).bind(order.config))
+        seed.error = None
+        self._move(seed, Stage.GERMINATING, f"germinated as {order.blueprint}")
+        if self.attachment is not None:
+            self.attachment.join(seed)
 
     def blend(self, seed: KasminaSeed, *, to: float, steps: int, schedule: str) -> None:
         """See :meth:`KasminaSeed.blend`."""
@@ -181,11 +187,28 @@ class Growth:
 
     def prune(self, seed: KasminaSeed, why: str) -> None:
         """See :meth:`KasminaSeed.prune`."""
+        self.prune_together([seed], why)
+
+    def prune_together(self, seeds: Sequence[KasminaSeed], why: str, *, embargo_steps: int | None = None) -> None:
+        """Silence several seeds at once; their bodies go in one step, so that no kernel is needed for part of them.
+
+        Args:
+            seeds: Each once.
+            why: For the ledger.
+            embargo_steps: Clock ticks that their sites stay closed. Default: as in the settings.
+
+        Raises:
+            LifecycleError: One of them cannot be pruned; nothing has changed then, at any of them.
+        """
         started = time.perf_counter()
+        steps = settings().embargo_steps if embargo_steps is None else embargo_steps
         with self.lock:
-            check_transition(seed.name, seed.stage, Stage.EMBARGOED)
-            self._embargo(seed, why)
-        self._host += time.perf_counter() - started
+            for seed in seeds:
+                check_transition(seed.name, seed.stage, Stage.EMBARGOED)
+            group = object()
+            live = [seed for seed in seeds if self._embargo(seed, why, steps)]
+            self.changes.add(*[Change(seed, None, Stage.EMBARGOED, group=group) for seed in live])
+        self.changes.count_host_time(time.perf_counter() - started)
 
     def fail(self, seed: KasminaSeed, error: BaseException) -> None:
         """Quarantine a seed: ERROR, then EMBARGOED; alpha is 0 at once and the body goes."""
@@ -194,25 +217,23 @@ class Growth:
             count = int(self.state.read("error_count", seed.index))
             self.state.write(seed.index, alpha=0.0, gate=0.0, error_count=count + 1)
             self._move(seed, Stage.ERROR, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
-            self._embargo(seed, "quarantined after an error")
+            if self._embargo(seed, "quarantined after an error", settings().embargo_steps):
+                self.changes.add(Change(seed, None, Stage.EMBARGOED))
 
-    def _embargo(self, seed: KasminaSeed, why: str) -> None:
-        coming = next((c for c in self._pending if c.seed is seed), None)
-        until = self.clock + settings().embargo_steps
-        self.state.write(seed.index, alpha=0.0, gate=0.0, embargo_until=until)
+    def _embargo(self, seed: KasminaSeed, why: str, steps: int) -> bool:
+        """Silence a seed and close its site; returns whether it has a live body, which must then go at a step boundary."""
+        self.state.write(seed.index, alpha=0.0, gate=0.0, embargo_until=self.clock + steps)
         self._move(seed, Stage.EMBARGOED, why)
         if self.attachment is not None:
             self.attachment.leave(seed)
-        if coming is not None:
-            self._pending.remove(coming)
-            if coming.germination is not None:
-                error = seed.error or GerminationError(f"site {seed.name!r} was pruned before its body was live")
-                coming.germination.settle(error)
-        if seed.live:
-            self._enqueue(_Change(seed, None, Stage.EMBARGOED))
-        else:
+        coming = self.changes.withdraw(seed)
+        if coming is not None and coming.germination is not None:
+            error = seed.error or GerminationError(f"site {seed.name!r} was pruned before its body was live")
+            coming.germination.settle(error)
+        if not seed.live:
             seed.set_body(None, None, {})
             self._release(self.clock)
+        return seed.live
 
     def _move(self, seed: KasminaSeed, to: Stage, why: str) -> None:
         frm = seed.stage
@@ -242,64 +263,10 @@ class Growth:
                 if seed.body is None:
                     self._move(seed, Stage.DORMANT, "the embargo is over")
 
-    # Step boundaries, on the thread that runs the model.
+    # What the changes and the operator call back.
 
-    def enter(self, program: Program) -> None:
-        """A program is about to run: a step begins if it has run in this step already."""
-        self._thread = threading.get_ident()
-        if program.epochs[self.handle] == self.epoch:
-            self.epoch += 1
-            self.begin_step()
-        program.epochs[self.handle] = self.epoch
-
-    def begin_step(self) -> None:
-        """A step boundary: make live what is ready, and let the clock tick where no optimizer does."""
-        self.longest_host = max(self.longest_host, self._host)
-        self._host = 0.0
-        started = time.perf_counter()
-        if self._unfinished:
-            self._finish_copy()
-        if self._boundary_work:
-            self.apply()
-        if self.attachment is None:
-            self.tick()
-        self._host += time.perf_counter() - started
-
-    def begin_eager_forward(self) -> None:
-        """The model is called without a compiled program."""
-        self._thread = threading.get_ident()
-        self.begin_step()
-
-    def reset_stats(self) -> None:
-        """Begin to count anew."""
-        self.recompiles = self.swaps = 0
-        self.longest_host = self._host = 0.0
-
-    def count_host_time(self, seconds: float) -> None:
-        """Time that the engine itself took on the training thread in this step."""
-        self._host += seconds
-
-    def apply_between_steps(self) -> None:
-        """Make live what is ready if the calling thread is the one that runs the model."""
-        if self._thread is None or self._thread == threading.get_ident():
-            self.apply()
-
-    def apply(self) -> None:
-        """Make live what is ready; the calling thread must be between two steps."""
-        with self.lock:
-            self._boundary_work = False
-            while self._pending and self._pending[0].ready:
-                change = self._pending[0]
-                if change.error is None and not self._can_run(self._live_after(change)):
-                    change.ready = False  # a program has come meanwhile
-                    break
-                self._pending.pop(0)
-                self._commit(change)
-            live = self._live()
-            self.swaps += sum(program.activate(live) for program in list(self.programs))
-            self.kick()
-
-    def _commit(self, change: _Change) -> None:
+    def commit(self, change: Change) -> None:
+        """A change has come through the queue: make it so, or quarantine its seed if it has failed."""
         seed = change.seed
         if change.error is not None:
             if change.germination is not None:
@@ -308,137 +275,20 @@ class Growth:
             return
         if change.germination is not None:
             seed.live = True
-            self._move(seed, change.target, "its kernels are live" if self.programs else "the model runs eagerly")
+            why = "its kernels are live" if self.changes.programs else "the model runs eagerly"
+            self._move(seed, change.target, why)
             change.germination.settle()
         else:
             seed.live = False
             seed.set_body(None, None, {})
             self._release(self.clock)
 
-    def run_seed(self, site: int, x: Tensor, alpha: Tensor, gate: Tensor) -> Tensor:
+    def run_seed(self, site: int, x: Tensor, alpha: Tensor, gate: Tensor, source: Tensor | None = None) -> Tensor:
         """Run a seed eagerly, for a program that is not compiled."""
         seed = self.by_index[site]
         if not seed.live or seed.body is None:
             return x
-        return ops.seed_forward(x, seed.body, alpha[site].clone(), gate[site].clone())
-
-    # Getting kernels ready.
-
-    def _live(self) -> set[KasminaSeed]:
-        return {seed for seed in self.by_index if seed.live}
-
-    def _live_after(self, last: _Change) -> set[KasminaSeed]:
-        live = self._live()
-        for change in self._pending:
-            if change.error is None:
-                (live.add if change.germination is not None else live.discard)(change.seed)
-            if change is last:
-                break
-        return live
-
-    def _can_run(self, live: set[KasminaSeed]) -> bool:
-        return all(program.can_run(live) for program in list(self.programs))
-
-    def _enqueue(self, change: _Change) -> None:
-        """Queue a change; if everything for it is there already, the next step boundary makes it live."""
-        self._pending.append(change)
-        if not self.programs:
-            change.ready = True
-            self.apply()
-            return
-        if all(c.ready for c in self._pending[:-1]) and self._can_run(self._live_after(change)):
-            self._stage(change)
-        self.kick()
-
-    def _stage(self, change: _Change) -> None:
-        change.ready = True
-        if change.germination is not None:
-            change.germination.mark_ready()
-        self._boundary_work = True
-
-    def kick(self) -> None:
-        """Let the conductor look at what there is to do."""
-        if self.programs:
-            self._conductor.kick(next(iter(self.programs)).service)
-
-    def work(self) -> list[Future[Any]]:
-        """One round of the conductor: ask for kernels that are missing, stage changes that are ready.
-
-        Returns:
-            What to wait for before the next round; empty when nothing is left to do.
-        """
-        waiting: list[Future[Any]] = []
-        with self.lock:
-            pending = [(change, self._live_after(change)) for change in self._pending]
-            programs = list(self.programs)
-            live = self._live()
-        for change, after in pending:
-            if not change.ready:
-                waiting += self._prepare(change, after, programs)
-        if not pending:
-            for program in programs:
-                waiting += self._improve(program, live)
-        return waiting
-
-    def _prepare(self, change: _Change, live: set[KasminaSeed], programs: list[SizedProgram]) -> list[Future[Any]]:
-        """Get the kernels for one change; stage it when they are there, or when they cannot be had."""
-        error: BaseException | None = None
-        missing: list[Variant] = []
-        try:
-            for program in programs:
-                missing += program.request(live, urgent=True, retry=not change.tried)
-            change.tried = True
-            error = next((variant.error for variant in missing if variant.error is not None), None)
-        except Exception as problem:
-            error = problem
-        with self.lock:
-            if change not in self._pending:
-                return []
-            if error is not None:
-                change.error = GerminationError(f"the body at site {change.seed.name!r} has no kernel: {error}")
-                change.error.__cause__ = error
-            if error is not None or not missing:
-                self._stage(change)
-        return [variant.future for variant in missing if variant.future is not None and error is None]
-
-    def _improve(self, program: SizedProgram, live: set[KasminaSeed]) -> list[Future[Any]]:
-        """Get all plans for the morphology of now ready; the next boundary switches to a better one."""
-        try:
-            missing = program.request(live, urgent=False, retry=False)
-        except Exception as error:
-            logger.warning("a plan could not be prepared: %s", error)
-            return []
-        with self.lock:
-            if live == self._live() and program.has_better(live):
-                self._boundary_work = True
-        return [variant.future for variant in missing if variant.future is not None and variant.error is None]
-
-    def wait_for(self, germination: Germination, timeout: float | None) -> bool:
-        """See :meth:`Germination.wait`."""
-        deadline = None if timeout is None else time.monotonic() + timeout
-        if not germination._ready.wait(timeout):
-            return False
-        self.apply_between_steps()
-        rest = None if deadline is None else max(0.0, deadline - time.monotonic())
-        return germination._done.wait(rest)
-
-    @property
-    def pending(self) -> bool:
-        """Whether a change or a better plan is on its way."""
-        return bool(self._pending) or self._boundary_work or self._conductor.busy
-
-    def settle(self, timeout: float | None) -> bool:
-        """Block until no background work is left and the best plan runs; call it between steps."""
-        deadline = None if timeout is None else time.monotonic() + timeout
-        while True:
-            rest = None if deadline is None else deadline - time.monotonic()
-            if rest is not None and rest <= 0:
-                return False
-            idle = self._conductor.wait(0.2 if rest is None else min(0.2, rest))
-            if self._boundary_work:
-                self.apply_between_steps()
-            elif idle and not self.pending:
-                return True
+        return ops.seed_forward(x, seed.body, alpha[site].clone(), gate[site].clone(), source)
 
     @property
     def morphology(self) -> Morphology:
@@ -453,7 +303,8 @@ class Growth:
             )
 
 
-def _body_seed(model_seed: int, site: str, number: int) -> int:
+def body_seed(model_seed: int, site: str, number: int) -> int:
+    """Seed of the initial values of the body that a site germinated as its ``number``-th, counted from 0."""
     text = f"{model_seed}/{site}/{number}".encode()
     return int.from_bytes(hashlib.sha256(text).digest()[:7], "big")
 

@@ -2,37 +2,35 @@
 
 from __future__ import annotations
 
-import copy
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
-from esper_fx._torch import DataDependentOutputException, FakeTensorMode, pytree
+from esper_fx.adoption import adopt, adopt_python, in_turn, plain_base
+from esper_fx.branch import NAMESPACE, Branch
+from esper_fx.checkpoint import watch_loading
+from esper_fx.drafting import Scoping, join
 from esper_fx.errors import MorphError, SiteError
 from esper_fx.growth import Growth, Morphology
 from esper_fx.lifecycle import Ledger
 from esper_fx.lineage import ATTRIBUTE, is_lineage
 from esper_fx.original import Footprint, Original, Swap, additions, footprint, original_of
-from esper_fx.passes.check import check
-from esper_fx.passes.find_sites import Sites, find_sites, no_match_message
-from esper_fx.passes.pipeline import Draft, PassRecord, Pipeline
-from esper_fx.passes.splice import splice
+from esper_fx.passes.auto_sites import MAX_SITES, auto_sites
+from esper_fx.passes.find_sites import Sites, no_match_message
+from esper_fx.passes.flow import observe, of_graph
+from esper_fx.passes.pipeline import Draft, PassRecord
 from esper_fx.passes.trace import TraceError, trace
 from esper_fx.passes.trace_report import TraceReport, class_names, trace_report
+from esper_fx.rehearsal import Inputs, rehearse
 from esper_fx.replica import replica
 from esper_fx.seed import KasminaSeed
 from esper_fx.state import KasminaStateLayout
 from esper_fx.stats import EngineStats, engine_stats
 
 logger = logging.getLogger(__name__)
-
-NAMESPACE = "esper"
-_ALPHA = f"{NAMESPACE}.state.alpha"
-_GATE = f"{NAMESPACE}.state.gate"
 
 
 class MorphableModel(nn.Module):
@@ -76,7 +74,7 @@ class MorphableModel(nn.Module):
     @property
     def pending(self) -> bool:
         """Whether a change or a better plan is on its way."""
-        return self.growth.pending
+        return self.growth.changes.pending
 
     @property
     def graph(self) -> fx.Graph:
@@ -99,7 +97,7 @@ class MorphableModel(nn.Module):
         Returns:
             False if ``timeout`` seconds passed first.
         """
-        return self.growth.settle(timeout)
+        return self.growth.changes.settle(timeout)
 
     def stats(self) -> EngineStats:
         """What the engine has done for this model."""
@@ -107,14 +105,15 @@ class MorphableModel(nn.Module):
 
     def reset_stats(self) -> None:
         """Begin to count anew what :meth:`stats` counts for this model; the caches' own statistics go on."""
-        self.growth.reset_stats()
+        self.growth.changes.reset_stats()
 
 
 def morph(
     net: nn.Module,
     sites: Sites,
     *,
-    example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
+    example_inputs: Inputs | None = None,
+    max_sites: int = MAX_SITES,
     seed: int = 0,
 ) -> MorphableModel:
     """Return a model that computes what ``net`` computes and can grow at ``sites``.
@@ -125,8 +124,12 @@ def morph(
         net: The model. A part that cannot be traced symbolically stays plain Python and its children are traced.
         sites: A glob over qualified module names (``*`` within one level, ``**`` across levels), a compiled regular
             expression that matches a whole name, a module type, a list of these, or a predicate over graph nodes.
+            ``"auto"`` finds block outputs and residual streams by the flow of data (see ``passes/auto_sites.py``). Of a
+            module that returns a tuple, the first item is the value.
         example_inputs: Arguments of ``net`` (a tuple, or a dict of keyword arguments), from which shapes are learnt; no
-            computation is done. Without them a site is known after the first call.
+            computation is done, unless what the model does depends on values. Without them a site is known after the first
+            call.
+        max_sites: The most sites that ``"auto"`` chooses.
         seed: Where the initial values of grown modules come from, together with site and number of germination.
 
     Raises:
@@ -143,34 +146,45 @@ def morph(
     if taken:
         raise MorphError(f"{type(net).__name__} has attributes of its own called {', '.join(taken)}; rename them first")
     root = replica(net)
-    records: list[PassRecord] = []
-    reasons: dict[str, str] = {}
+    if isinstance(sites, str) and sites == "auto":
+        sites = _auto(root, example_inputs, max_sites)
     classes = class_names(root)
-    drafts = dict(_draft_scopes(root, "", sites, dict(root.named_modules()), records, reasons))
+    scoping = Scoping(root, sites)
+    drafts = scoping.drafts
     if not drafts:
         raise MorphError(f"no part of {type(net).__name__} can be traced: {_why_not(root)}")
     before = footprint(root)
     names = [site for draft in drafts.values() for site in draft.sites]
     if not names:
         raise SiteError(
-            no_match_message(sites, filter(None, (_join(s, n) for s, d in drafts.items() for n in d.outputs)))
+            no_match_message(sites, filter(None, (join(s, n) for s, d in drafts.items() for n in d.outputs)))
         )
-    report = trace_report(root, classes, drafts, reasons)
+    report = trace_report(root, classes, drafts, scoping.reasons)
     growth = Growth(KasminaStateLayout(len(names), names=names), seed)
     modules = dict(root.named_modules())
     growth.by_index = [KasminaSeed(name, i, growth, modules.get(name)) for i, name in enumerate(names)]
     growth.seeds = {item.name: item for item in growth.by_index}
     growth.state.to(next((t.device for t in (*net.parameters(), *net.buffers())), torch.device("cpu")))
-    branch = _branch(growth)
-    graphs = {scope: _adopt(scope, draft, branch) for scope, draft in drafts.items() if draft.sites or not scope}
+    branch = Branch(growth).train(root.training)
+    for item in growth.by_index:
+        item.train(modules.get(item.name, root).training)
+    graphs = {
+        scope: adopt(scope, draft, branch)
+        for scope, draft in drafts.items()
+        if draft.graph and (draft.sites or not scope)
+    }
+    for scope, draft in drafts.items():
+        if draft.graph is None:
+            adopt_python(draft.root, scope, branch)
     model = _as_morphable(root)
     model.__dict__.pop(NAMESPACE, None)
     model.add_module(NAMESPACE, branch)
     model.growth = growth
-    model.pass_records = records
+    model.pass_records = scoping.records
     model.graphs = graphs
     model._trace_report = report
     model.register_forward_pre_hook(_before_eager_forward)
+    watch_loading(model, branch)
     model._additions = {}
     model._additions = additions(model, before)
     if example_inputs is not None:
@@ -198,41 +212,7 @@ _RESERVED = (
 
 def _before_eager_forward(model: nn.Module, args: Any) -> None:
     if not torch.compiler.is_compiling():
-        model.growth.begin_eager_forward()  # type: ignore[union-attr,operator]
-
-
-def _draft_scopes(
-    module: nn.Module,
-    path: str,
-    sites: Sites,
-    modules: Mapping[str, nn.Module],
-    records: list[PassRecord],
-    reasons: dict[str, str],
-) -> Iterator[tuple[str, Draft]]:
-    """The largest modules that can be traced, by path, traced and spliced; fills ``reasons`` for the others."""
-    draft = Draft(module)
-    pipeline = morph_pipeline(sites, modules, path)
-    try:
-        records += pipeline.run(draft)
-    except TraceError as error:
-        logger.info("%s stays plain Python: %s", path or "the model's own forward", error)
-        reasons[path] = str(error)
-        for name, child in module.named_children():
-            yield from _draft_scopes(child, _join(path, name), sites, modules, records, reasons)
-    else:
-        yield path, draft
-
-
-def morph_pipeline(sites: Sites, modules: Mapping[str, nn.Module], scope: str = "") -> Pipeline:
-    """The passes that make a morphed graph, in order; ``check`` runs after each."""
-    return Pipeline(
-        [
-            ("trace", trace),
-            ("find_sites", partial(find_sites, sites=sites, modules=modules, scope=scope)),
-            ("splice", partial(splice, target=_seed_target, alpha=_ALPHA, gate=_GATE)),
-        ],
-        check,
-    )
+        model.growth.changes.begin_eager_forward()  # type: ignore[union-attr,operator]
 
 
 def _why_not(module: nn.Module) -> str:
@@ -243,75 +223,47 @@ def _why_not(module: nn.Module) -> str:
     return "it has no operations"
 
 
-def _branch(growth: Growth) -> nn.Module:
-    """What morphing adds to the module tree: the state arrays and the seeds."""
-    branch, seeds = nn.Module(), nn.Module()
-    branch.add_module("state", growth.state)
-    branch.add_module("seeds", seeds)
-    for item in growth.by_index:
-        seeds.add_module(_mangled(item.name), item)
-    return branch
-
-
-def _adopt(scope: str, draft: Draft, branch: nn.Module) -> fx.Graph:
-    """Give the draft's module the graph as its forward."""
-    assert draft.graph is not None
-    module = draft.root
-    # Reachable by the graph's names, but not a submodule: that it is of the whole model, once.
-    module.__dict__[NAMESPACE] = branch
-    members = Original(type(module), scope, Swap.TRACED, draft.constants).members()
-    members["forward"] = type(fx.GraphModule(module, draft.graph)).forward
-    module.__class__ = type(f"Traced{type(module).__name__}", (_plain_base(module),), members)
-    return draft.graph
-
-
-def _plain_base(module: nn.Module) -> type[nn.Module]:
-    """The class to derive from: containers would count the seeds among their items, graph modules run their own graph."""
-    others = (nn.Sequential, nn.ModuleList, nn.ModuleDict, fx.GraphModule)
-    return nn.Module if isinstance(module, others) else type(module)
-
-
 def _as_morphable(root: nn.Module) -> MorphableModel:
-    base = _plain_base(root)
+    base = plain_base(root)
     name = type(root).__name__.removeprefix("Traced")
     bases = (MorphableModel,) if base is nn.Module else (MorphableModel, base)
+    forward = in_turn(list(root._modules)) if type(root).forward is nn.Sequential.forward else type(root).forward
     members = Original(type(root), "", Swap.PYTHON).members() if original_of(root) is None else {}
-    root.__class__ = type(f"Morphable{name}", bases, {**members, "forward": type(root).forward})
+    root.__class__ = type(f"Morphable{name}", bases, {**members, "forward": forward})
     assert isinstance(root, MorphableModel)
     return root
 
 
-def _learn_values(model: MorphableModel, example_inputs: Sequence[Any] | Mapping[str, Any]) -> None:
-    """Run the model on fake tensors, so that every seed learns what flows through its site."""
-    if isinstance(example_inputs, Tensor):
-        raise MorphError("example_inputs must be a tuple of arguments, such as (x,), not one tensor")
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    own = [t for name, t in (*model.named_parameters(), *model.named_buffers()) if not name.startswith(f"{NAMESPACE}.")]
-    replica = copy.deepcopy(model, {id(tensor): mode.from_tensor(tensor) for tensor in own})
-    replica._forward_pre_hooks.clear()
-    inputs = pytree.tree_map_only(Tensor, mode.from_tensor, example_inputs)
-    try:
-        with mode, torch.no_grad():
-            replica(**inputs) if isinstance(inputs, Mapping) else replica(*inputs)
-    except SiteError:
-        raise
-    except DataDependentOutputException as error:
-        logger.info("sites are learnt at the first call, because the model's control flow depends on values: %s", error)
-    except Exception as error:
-        raise MorphError(
-            f"example_inputs do not fit {type(model).__name__.removeprefix('Morphable')}: {type(error).__name__}: {error}"
-        ) from error
-    for mine, theirs in zip(model.growth.by_index, replica.growth.by_index, strict=True):
+def _learn_values(model: MorphableModel, example_inputs: Inputs) -> None:
+    """Call a copy of the model, so that every seed learns what flows through its site."""
+
+    def watch(copied: nn.Module, call: Callable[[], Any]) -> MorphableModel:
+        assert isinstance(copied, MorphableModel)
+        call()
+        return copied
+
+    copied = rehearse(model, example_inputs, watch, type(model).__name__.removeprefix("Morphable"))
+    for mine, theirs in zip(model.growth.by_index, copied.growth.by_index, strict=True):
         mine._spec = theirs._spec
 
 
-def _join(path: str, name: str) -> str:
-    return ".".join(part for part in (path, name) if part)
-
-
-def _mangled(name: str) -> str:
-    return name.replace(".", "/")
-
-
-def _seed_target(site: str) -> str:
-    return f"{NAMESPACE}.seeds.{_mangled(site)}"
+def _auto(root: nn.Module, example_inputs: Inputs | None, max_sites: int) -> list[str]:
+    """The names that ``sites="auto"`` stands for."""
+    name = type(root).__name__
+    modules = dict(root.named_modules())
+    if example_inputs is not None:
+        flow = rehearse(root, example_inputs, observe, name)
+    else:
+        draft = Draft(root)
+        try:
+            trace(draft)
+        except TraceError as error:
+            raise SiteError(f"sites='auto' needs example_inputs here, because {error}") from error
+        flow = of_graph(draft)
+    names = auto_sites(flow, modules, max_sites)
+    if not names:
+        raise SiteError(
+            f"sites='auto' found no place in {name} with layers before it and after it that every path to the output passes. "
+            f"Name sites instead, such as sites={next((n for n, m in modules.items() if n), '**')!r}"
+        )
+    return names

@@ -7,6 +7,12 @@ A seed computes (DESIGN: select, never multiply)
 
 with y = x exactly where alpha is 0, whatever the body returned, and no gradient into x through the body where gate or
 alpha is 0.
+
+A body may read the *source* of the value instead, which is the input of the module whose output x is (LoRA does): then
+
+    x̃ = gate · source + (1 - gate) · stop_gradient(source)
+
+and what is said of gradients into x through the body holds for the source.
 """
 
 from __future__ import annotations
@@ -63,31 +69,63 @@ def seed_output(x: Tensor, delta: Tensor, alpha: Tensor) -> Tensor:
     return torch.where(alpha == 0, x, x + alpha * delta)
 
 
-def seed_forward(x: Tensor, body: Callable[[Tensor], Tensor], alpha: Tensor, gate: Tensor) -> Tensor:
-    """What a live seed computes, eagerly; ``alpha`` and ``gate`` are 0-dim float32."""
-    return seed_output(x, body(seed_input(x, alpha, gate)), alpha)
+def reads_source(body: object) -> bool:
+    """Whether a body reads the input of the module at its site instead of the value at its site.
+
+    A body says so with an attribute ``reads_source`` that is true.
+    """
+    return bool(getattr(body, "reads_source", False))
+
+
+def seed_forward(
+    x: Tensor, body: Callable[[Tensor], Tensor], alpha: Tensor, gate: Tensor, source: Tensor | None = None
+) -> Tensor:
+    """What a live seed computes, eagerly.
+
+    Args:
+        x: Value at the site, any shape, floating.
+        body: Maps ``x``, or ``source`` where it says that it reads that, to a delta of the shape and dtype of ``x``.
+        alpha: 0-dim float32.
+        gate: 0-dim float32.
+        source: Input of the module whose output ``x`` is, where that is known.
+
+    Raises:
+        RuntimeError: The body reads the source, and there is none.
+    """
+    value = x
+    if reads_source(body):
+        if source is None:
+            raise RuntimeError(
+                f"{type(body).__name__} reads the input of the module at its site, but none was handed over"
+            )
+        value = source
+    return seed_output(x, body(seed_input(value, alpha, gate)), alpha)
 
 
 class SeedHost(Protocol):
     """What ``esper::seed`` needs of the model it belongs to, to run without a compiled kernel."""
 
-    def run_seed(self, site: int, x: Tensor, alpha: Tensor, gate: Tensor) -> Tensor:
-        """Run the seed of the site with this index on ``x``."""
+    def run_seed(self, site: int, x: Tensor, alpha: Tensor, gate: Tensor, source: Tensor | None = None) -> Tensor:
+        """Run the seed of the site with this index on ``x``, the output of a module whose input is ``source``."""
 
 
 hosts: weakref.WeakValueDictionary[int, SeedHost] = weakref.WeakValueDictionary()
 
 _library = torch.library.Library("esper", "DEF")
-_library.define("seed(Tensor x, Tensor alpha, Tensor gate, int model, int site, bool training) -> Tensor")
+_library.define(
+    "seed(Tensor x, Tensor alpha, Tensor gate, int model, int site, bool training, Tensor? source=None) -> Tensor"
+)
 
 
-def _seed_eager(x: Tensor, alpha: Tensor, gate: Tensor, model: int, site: int, training: bool) -> Tensor:
+def _seed_eager(
+    x: Tensor, alpha: Tensor, gate: Tensor, model: int, site: int, training: bool, source: Tensor | None = None
+) -> Tensor:
     if isinstance(x, FakeTensor) or x.is_meta:
         return torch.empty_like(x).requires_grad_(x.requires_grad)
     host = hosts.get(model)
     if host is None:
         raise RuntimeError(f"esper::seed was called for model {model}, which no longer exists")
-    return host.run_seed(site, x, alpha, gate)
+    return host.run_seed(site, x, alpha, gate, source)
 
 
 for _key in ("Autograd", "CompositeExplicitAutograd"):
@@ -95,7 +133,9 @@ for _key in ("Autograd", "CompositeExplicitAutograd"):
 
 
 @torch.library.register_fake("esper::seed", lib=_library)
-def _seed_fake(x: Tensor, alpha: Tensor, gate: Tensor, model: int, site: int, training: bool) -> Tensor:
+def _seed_fake(
+    x: Tensor, alpha: Tensor, gate: Tensor, model: int, site: int, training: bool, source: Tensor | None = None
+) -> Tensor:
     return torch.empty_like(x)
 
 

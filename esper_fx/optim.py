@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import time
 import weakref
+from itertools import compress
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.optim import Optimizer
 
+from esper_fx.branch import NAMESPACE, mangled
 from esper_fx.errors import OptimizerError
+from esper_fx.optimizer_state import add_names, match_names, match_what_was_loaded
 
 if TYPE_CHECKING:
     from esper_fx.growth import Growth
@@ -30,7 +33,8 @@ def attach(optimizer: Optimizer, model: MorphableModel, **options: Any) -> Attac
         **options: Options of a group for the seeds, such as ``lr`` or ``weight_decay``.
 
     Raises:
-        OptimizerError: The optimizer holds none of the model's parameters, or one is attached already.
+        OptimizerError: The optimizer holds none of the model's parameters, one is attached already, or it was loaded with a
+            state of other parameters.
     """
     from esper_fx.morph import MorphableModel
 
@@ -55,28 +59,26 @@ def attach(optimizer: Optimizer, model: MorphableModel, **options: Any) -> Attac
 class Attachment:
     """The tie between an optimizer and a model's seeds.
 
+    The optimizer's ``state_dict()`` then holds the names of its parameters, and its ``load_state_dict()`` goes by them.
+
     Attributes:
         optimizer: The optimizer, or None when it is gone.
     """
 
     def __init__(self, optimizer: Optimizer, model: MorphableModel, options: dict[str, Any]) -> None:
+        models = vars(optimizer).setdefault("_esper_models", [])  # one optimizer may train several models
+        match_what_was_loaded(optimizer, [*_alive(models), model])
         self._optimizer = weakref.ref(optimizer)
         self._model = weakref.ref(model)
         self._growth = weakref.ref(model.growth)
-        self._own: dict[str, Any] | None = None
+        self._own: int | None = None
         if options:
-            optimizer.add_param_group({"params": [], **options})
-            self._own = optimizer.param_groups[-1]
-        growth = weakref.ref(model.growth)
-
-        def tick(*_: Any) -> None:
-            target = growth()
-            if target is not None:
-                started = time.perf_counter()
-                target.tick()
-                target.count_host_time(time.perf_counter() - started)
-
-        self._hook = optimizer.register_step_post_hook(tick)
+            named = any("param_names" in group for group in optimizer.param_groups)
+            optimizer.add_param_group({"params": [], **({"param_names": []} if named else {}), **options})
+            self._own = len(optimizer.param_groups) - 1  # the group itself is another one after load_state_dict
+        self._models: list[weakref.ref[MorphableModel]] = models
+        models.append(self._model)
+        self._hooks = _hook(optimizer, models, self._growth)
         model.growth.attachment = self
         for seed in model.growth.by_index:
             if seed.body is not None:
@@ -89,19 +91,26 @@ class Attachment:
 
     def detach(self) -> None:
         """Untie: parameters that have joined stay, later ones do not join; the clock counts forward calls again."""
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
+        if self._model in self._models:
+            self._models.remove(self._model)
         growth = self._growth()
         if growth is not None and growth.attachment is self:
             growth.attachment = None
 
     def join(self, seed: KasminaSeed) -> None:
-        """Add the parameters of a seed's body to their group."""
+        """Add the parameters of a seed's body to their group; those that get no gradient stay outside."""
         optimizer = self.optimizer
         if optimizer is None or seed.body is None:
             return
         present = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        group = self._own if self._own is not None else self._group_of(seed, optimizer)
-        group["params"].extend(p for p in seed.body.parameters() if id(p) not in present)
+        own = seed.body.named_parameters()
+        joining = {name: p for name, p in own if p.requires_grad and id(p) not in present}
+        group = optimizer.param_groups[self._own] if self._own is not None else self._group_of(seed, optimizer)
+        group["params"].extend(joining.values())
+        if "param_names" in group:
+            group["param_names"].extend(f"{NAMESPACE}.seeds.{mangled(seed.name)}.body.{name}" for name in joining)
 
     def leave(self, seed: KasminaSeed) -> None:
         """Remove the parameters of a seed's body together with their state."""
@@ -110,7 +119,9 @@ class Attachment:
             return
         leaving = {id(parameter) for parameter in seed.body.parameters()}
         for group in optimizer.param_groups:
-            group["params"][:] = [p for p in group["params"] if id(p) not in leaving]
+            stay = [id(parameter) not in leaving for parameter in group["params"]]
+            for key in {"params", "param_names"} & group.keys():
+                group[key][:] = compress(group[key], stay)
         for parameter in seed.body.parameters():
             optimizer.state.pop(parameter, None)
 
@@ -132,3 +143,24 @@ def _module(model: nn.Module, path: str) -> nn.Module:
         return model.get_submodule(path)
     except AttributeError:
         return nn.Module()
+
+
+def _hook(optimizer: Optimizer, models: list[weakref.ref[MorphableModel]], growth: weakref.ref[Growth]) -> list[Any]:
+    """Have the optimizer's steps move the clock, and its state go by names. The hooks keep neither model nor seeds alive."""
+
+    def tick(*_: Any) -> None:
+        target = growth()
+        if target is not None:
+            started = time.perf_counter()
+            target.tick()
+            target.changes.count_host_time(time.perf_counter() - started)
+
+    return [
+        optimizer.register_step_post_hook(tick),
+        optimizer.register_state_dict_post_hook(lambda owner, saved: add_names(owner, saved, _alive(models))),
+        optimizer.register_load_state_dict_pre_hook(lambda owner, saved: match_names(owner, saved, _alive(models))),
+    ]
+
+
+def _alive(models: list[weakref.ref[MorphableModel]]) -> list[MorphableModel]:
+    return [model for model in (reference() for reference in models) if model is not None]

@@ -30,13 +30,11 @@ class Original:
         kind: The class before.
         scope: The module's qualified name in the model.
         how: Why the class was changed.
-        constants: Attributes that tracing has added to the module.
     """
 
     kind: type[nn.Module]
     scope: str
     how: Swap
-    constants: tuple[str, ...] = ()
 
     def members(self) -> dict[str, Any]:
         """What to put into the namespace of the new class."""

@@ -13,7 +13,7 @@ from torch.fx.proxy import GraphAppendingTracer
 
 from esper_fx._torch import PRESERVED_ATTRIBUTES
 from esper_fx.errors import MorphError
-from esper_fx.passes.trace import reads_training
+from esper_fx.passes.hazards import hazard
 
 _PACKAGE = "esper_fx"
 _MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
@@ -65,7 +65,12 @@ def restore_class(module: nn.Module, kind: type[nn.Module]) -> None:
 
 
 def residual(
-    graph: fx.Graph, value: fx.Node, target: str, alpha: float, container: type | None = None
+    graph: fx.Graph,
+    value: fx.Node,
+    target: str,
+    alpha: float,
+    container: type | None = None,
+    source: fx.Node | None = None,
 ) -> list[fx.Node]:
     """Add nodes for ``value + alpha * body(value)`` at the graph's insertion point; the last of them is the sum.
 
@@ -75,6 +80,7 @@ def residual(
         target: Qualified name of the body.
         alpha: A constant.
         container: The class of the tuple or list, None for a tensor. The other items are handed through.
+        source: What the body reads instead of the value, None where it reads that.
     """
     nodes: list[fx.Node] = []
 
@@ -83,7 +89,7 @@ def residual(
         return nodes[-1]
 
     x = value if container is None else call(operator.getitem, value, 0)
-    nodes.append(graph.call_module(target, (x,)))
+    nodes.append(graph.call_module(target, (x if source is None else source,)))
     delta = nodes[-1]
     total = call(operator.add, x, delta if alpha == 1 else call(operator.mul, delta, alpha))
     if container is None:
@@ -136,8 +142,8 @@ def make_plain(body: nn.Module, site: str) -> None:
         if not is_ours(kind):
             continue
         try:
-            if reads_training(module):
-                raise MorphError("its forward reads self.training, which a graph would freeze")
+            if (why := hazard(module)) is not None:
+                raise MorphError(f"its forward {why}")
             become_graph_module(module, _record(module), kind.__name__)
         except Exception as error:
             raise MorphError(

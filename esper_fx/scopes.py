@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
-from esper_fx.morph import NAMESPACE
+from esper_fx.branch import NAMESPACE
 from esper_fx.original import Original, Swap, original_of
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Generator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from esper_fx import _torch, blueprints, ops
 from esper_fx.errors import SiteError
 from esper_fx.lifecycle import Stage
-from esper_fx.site import SiteSpec
+from esper_fx.site import SiteSpec, SourceSpec, convolution_spec, is_transposed_linear
 
 if TYPE_CHECKING:
     from esper_fx.growth import Growth
@@ -40,7 +41,7 @@ class Germination:
 
         On the thread that runs the model the switch is made here, without waiting for the next forward.
         """
-        return self.seed.growth.wait_for(self, timeout)
+        return self.seed.growth.changes.wait_for(self, timeout)
 
     def exception(self, timeout: float | None = 0.0) -> BaseException | None:
         """Why the germination failed, or None if it has not (yet)."""
@@ -51,7 +52,7 @@ class Germination:
         import asyncio
 
         yield from asyncio.to_thread(self._ready.wait).__await__()
-        self.seed.growth.apply_between_steps()
+        self.seed.growth.changes.apply_between_steps()
         yield from asyncio.to_thread(self._done.wait).__await__()
         if self._error is not None:
             raise self._error
@@ -100,40 +101,77 @@ class KasminaSeed(nn.Module):
         self.recorded: dict[tuple[TensorMeta, bool], BodyGraph] = {}
         self._spec: SiteSpec | None = None
         self._channel_first = isinstance(producer, _torch.CHANNEL_FIRST_LAYERS)
-        self._feature_last = isinstance(producer, nn.Linear | nn.LayerNorm | nn.Embedding | nn.MultiheadAttention)
+        self._transposed = is_transposed_linear(producer)
+        self._convolution = convolution_spec(producer)
+        feature_last = nn.Linear | nn.LayerNorm | nn.Embedding | nn.MultiheadAttention
+        self._feature_last = self._transposed or isinstance(producer, feature_last)
 
-    def forward(self, x: Tensor, alpha: Tensor, gate: Tensor) -> Tensor:
+    def forward(self, x: Any, alpha: Tensor, gate: Tensor, source: Tensor | None = None) -> Any:
         """Apply the seed to the value at its site.
 
         Args:
-            x: The value, floating.
+            x: The value, floating. Of a tuple or a list the first item is taken, and the others are handed through.
             alpha: The state array ``alpha``, float32 ``[n_seeds]``.
             gate: The state array ``gate``, float32 ``[n_seeds]``.
+            source: Input of the module whose output ``x`` is, where that is a linear map or a convolution.
         """
+        if not isinstance(x, Tensor):
+            return self._on_first(x, alpha, gate)
         if torch.compiler.is_dynamo_compiling():
             if _torch.compiling_for_esper():
-                result: Tensor = torch.ops.esper.seed(x, alpha, gate, self.growth.handle, self.index, self.training)
+                more = (source,) if isinstance(source, Tensor) else ()
+                result: Tensor = torch.ops.esper.seed(
+                    x, alpha, gate, self.growth.handle, self.index, self.training, *more
+                )
                 return result
         elif self._spec is None and not torch.compiler.is_compiling():
-            if not isinstance(x, Tensor):
-                raise SiteError(
-                    f"site {self.name!r} returns a {type(x).__name__}, but a seed needs one floating tensor. "
-                    "Choose a submodule that returns a tensor."
-                )
-            self.note_value(tuple(x.shape), x.dtype, x.device)
+            self.note_value(
+                tuple(x.shape), x.dtype, x.device, tuple(source.shape) if isinstance(source, Tensor) else None
+            )
         if not self.live or self.body is None:
             return x
-        return ops.seed_forward(x, self.body, alpha[self.index].clone(), gate[self.index].clone())
+        return ops.seed_forward(x, self.body, alpha[self.index].clone(), gate[self.index].clone(), source)
 
-    def note_value(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-        """Learn what flows through the site, from the first value seen; later ones do not change it."""
+    def _on_first(self, value: Any, alpha: Tensor, gate: Tensor) -> Any:
+        """Apply the seed to the first item of a tuple or list."""
+        if not (isinstance(value, tuple | list) and value and isinstance(value[0], Tensor)):
+            raise SiteError(
+                f"site {self.name!r} returns a {type(value).__name__}, but a seed needs one floating tensor, or a tuple that "
+                "begins with one. Choose a submodule that returns a tensor."
+            )
+        items = (self(value[0], alpha, gate), *value[1:])
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+
+    def note_value(
+        self,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+        source: tuple[int, ...] | None = None,
+    ) -> None:
+        """Learn what flows through the site, from the first value seen; later ones do not change it.
+
+        Args:
+            shape: Shape of the value.
+            dtype: Its dtype.
+            device: Its device.
+            source: Shape of the input of the module whose output it is, where that is known.
+        """
         if self._spec is None:
             if not dtype.is_floating_point:
                 raise SiteError(
                     f"site {self.name!r} carries {dtype} values, but a seed needs a floating tensor; choose another site"
                 )
             last = self._feature_last or (not self._channel_first and len(shape) <= 3)
-            self._spec = SiteSpec(self.name, shape, dtype, device, len(shape) - 1 if last else 1)
+            self._spec = SiteSpec(
+                self.name, shape, dtype, device, len(shape) - 1 if last else 1, self._source_spec(source)
+            )
+
+    def _source_spec(self, shape: tuple[int, ...] | None) -> SourceSpec | None:
+        if not shape:
+            return None
+        feature_dim = 1 if self._convolution is not None else len(shape) - 1
+        return SourceSpec(shape, feature_dim, self._convolution, self._transposed)
 
     @property
     def site(self) -> SiteSpec:
@@ -238,6 +276,15 @@ class KasminaSeed(nn.Module):
         self.blueprint = blueprint
         self.config = dict(config)
         self.recorded = {}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KasminaSeed:
+        """Follow the model to another device or dtype: what flows through the site goes there too."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self._spec is not None:
+            with torch.inference_mode(False):
+                moved = fn(torch.empty((), dtype=self._spec.dtype, device=self._spec.device))
+            self._spec = replace(self._spec, dtype=moved.dtype, device=moved.device)
+        return self
 
     def extra_repr(self) -> str:
         return f"site={self.name!r}, stage={self.stage.name}"

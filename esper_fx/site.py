@@ -1,10 +1,44 @@
-"""What is known of a site: the value in the graph where a seed may sit."""
+"""What is known of a site: the value in the graph where a seed may sit, and where that value comes from."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class ConvolutionSpec:
+    """How a convolution moves over its input; as `torch.nn` spells it, one number for every dimension after the channels."""
+
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...] | str
+    dilation: tuple[int, ...]
+    groups: int
+
+
+@dataclass(frozen=True)
+class SourceSpec:
+    """The source of a site's value: the input of the linear map or convolution whose output the site is.
+
+    Attributes:
+        shape: Shape of that input when it was seen first. The feature dimension is fixed; others may vary.
+        feature_dim: Non-negative index of the dimension that holds its features: 1 for convolutions, else the last one.
+        convolution: How the module moves over its input, or None where it maps features only.
+        fan_in_fan_out: Whether the module keeps its weight as ``[in, out]``.
+    """
+
+    shape: tuple[int, ...]
+    feature_dim: int
+    convolution: ConvolutionSpec | None = None
+    fan_in_fan_out: bool = False
+
+    @property
+    def features(self) -> int:
+        """Size of the feature dimension."""
+        return self.shape[self.feature_dim]
 
 
 @dataclass(frozen=True)
@@ -18,6 +52,8 @@ class SiteSpec:
         device: Device of the value.
         feature_dim: Non-negative index of the dimension that holds features: 1 for channel-first maps ``[N, C, *]``,
             the last one for tokens ``[B, T, D]`` and vectors ``[N, D]``.
+        source: What the module read to make the value, where the site is the output of a linear map or a convolution
+            (:func:`is_linear_kind`); else None.
     """
 
     name: str
@@ -25,6 +61,7 @@ class SiteSpec:
     dtype: torch.dtype
     device: torch.device
     feature_dim: int
+    source: SourceSpec | None = None
 
     @property
     def ndim(self) -> int:
@@ -40,3 +77,25 @@ class SiteSpec:
     def is_channel_first(self) -> bool:
         """Whether the value is a map ``[N, C, *]`` with at least one dimension after the features."""
         return self.feature_dim == 1 and self.ndim >= 3
+
+
+def is_transposed_linear(module: object) -> bool:
+    """Whether a module is a linear map with a weight ``[in, out]``, such as GPT-2's in transformers, known by its shape."""
+    weight = getattr(module, "weight", None)
+    named = any(kind.__name__ == "Conv1D" for kind in type(module).__mro__)
+    return named and isinstance(weight, torch.Tensor) and weight.ndim == 2 and getattr(module, "nf", None) is not None
+
+
+def is_linear_kind(module: object) -> bool:
+    """Whether a module maps its one input linearly, so that a body at its output may read that input instead."""
+    return isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) or is_transposed_linear(module)
+
+
+def convolution_spec(module: object) -> ConvolutionSpec | None:
+    """How a module moves over its input, or None where it is no convolution."""
+    if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return None
+    padding = module.padding if isinstance(module.padding, str) else tuple(module.padding)
+    return ConvolutionSpec(
+        tuple(module.kernel_size), tuple(module.stride), padding, tuple(module.dilation), module.groups
+    )

@@ -44,19 +44,19 @@ class EngineStats:
 
 def engine_stats(growth: Growth) -> EngineStats:
     """Collect the statistics of a model."""
-    programs = list(growth.programs)
+    programs = list(growth.changes.programs)
     shared = programs[0].service if programs else None
     cache = shared.cache.stats() if shared is not None else None
     return EngineStats(
         programs=len(programs),
         plans=tuple(program.plan for program in programs),
-        swaps=growth.swaps,
+        swaps=growth.changes.swaps,
         kernels_compiled=0 if cache is None else cache.compiles,
         kernels_loaded=0 if cache is None or shared is None else cache.loads + shared.foreground_loads,
         compile_seconds=0.0 if cache is None else cache.compile_s_total,
         foreground_compiles=0 if shared is None else shared.foreground_compiles,
         foreground_compile_seconds=0.0 if shared is None else shared.foreground_seconds,
-        longest_step_host_ms=growth.longest_host * 1e3,
+        longest_step_host_ms=growth.changes.longest_host * 1e3,
         cache=cache,
-        recompiles=growth.recompiles,
+        recompiles=growth.changes.recompiles,
     )

@@ -10,10 +10,12 @@ from typing import Any
 from torch import fx, nn
 
 from esper_fx._torch import uncompiled
+from esper_fx.branch import NAMESPACE
 from esper_fx.errors import MorphError
 from esper_fx.fold import fold_all
 from esper_fx.lineage import ATTRIBUTE, SeedSnapshot, describe, snapshot
-from esper_fx.morph import NAMESPACE, MorphableModel
+from esper_fx.morph import MorphableModel
+from esper_fx.ops import reads_source
 from esper_fx.original import Swap, original_kind, take_back
 from esper_fx.plain import add_residual_hook, become_graph_module, make_plain, residual, restore_class, set_attribute
 from esper_fx.replica import replica
@@ -39,7 +41,7 @@ def unmorph(model: nn.Module, *, fold: bool = False) -> nn.Module:
 
     Args:
         model: A morphed model, compiled or not. A body of a class of yours must be importable where the result is loaded.
-        fold: Merge bodies into the weights before them where both are linear: ``low_rank`` without activation,
+        fold: Merge bodies into the weights before them where both are linear: ``low_rank`` without activation (LoRA too),
             ``affine``, and ``sequence`` of these, right after a Linear or a convolution that is called once and shares
             no weight. What cannot be folded is kept as a module, and the lineage says why. A weight that plain Python
             code reads besides, in a model that could not be traced, goes unseen.
@@ -79,8 +81,6 @@ def _rebuild_traced(scope: Scope, kept: Mapping[str, SeedSnapshot], memo: dict[i
     module, kind = scope.module, original_kind(scope.module)
     vars(module).pop(NAMESPACE, None)
     if not kept:
-        for name in scope.original.constants:
-            vars(module).pop(name, None)
         restore_class(module, kind)
         return {}
     assert scope.graph is not None
@@ -117,9 +117,11 @@ _REBUILD: Mapping[Swap, _Rebuild] = {Swap.TRACED: _rebuild_traced, Swap.PYTHON: 
 def _resolve(node: fx.Node, target: str, seed: SeedSnapshot) -> None:
     """Replace a seed's node by ``x + alpha * body(x)``."""
     value = node.args[0]
+    source = node.args[3] if reads_source(seed.body) else None
     assert isinstance(value, fx.Node)
+    assert source is None or isinstance(source, fx.Node)
     with node.graph.inserting_before(node):
-        made = residual(node.graph, value, target, seed.alpha, seed.container)
+        made = residual(node.graph, value, target, seed.alpha, seed.container, source)
     for new in made:
         new.meta.update({key: node.meta[key] for key in ("stack_trace", "nn_module_stack") if key in node.meta})
     node.replace_all_uses_with(made[-1])

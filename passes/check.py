@@ -13,8 +13,9 @@ from esper_fx.passes.pipeline import Draft
 def check(draft: Draft) -> None:
     """Raise MorphError unless the graph is well formed, complete and equal to the traced one with its seeds bypassed.
 
-    The invariants: the graph passes torch.fx's own lint; every seed reads one value and the two state arrays; every site
-    that was spliced has its seed on every visit; nothing but seeds and state arrays was added, and nothing was lost.
+    The invariants: the graph passes torch.fx's own lint; a source is what its site's module read; every seed reads one value,
+    the two state arrays and its visit's source, if there is one; every site that was spliced has its seed on every visit;
+    nothing but seeds and state arrays was added, and nothing was lost.
     """
     if draft.graph is None or draft.original is None:
         return
@@ -23,11 +24,17 @@ def check(draft: Draft) -> None:
     except Exception as error:
         raise MorphError(f"the graph of {type(draft.root).__name__} is malformed: {error}") from error
     seeds = set(draft.seeds.values())
+    _check_sources(draft, seeds)
+    sources = {
+        draft.seeds[site]: dict(zip(draft.sites[site], nodes, strict=True))
+        for site, nodes in draft.sources.items()
+        if site in draft.seeds
+    }
     arrays: set[str] = set()
     for node in draft.graph.nodes:
         if node.op == "call_module" and node.target in seeds:
-            _check_seed(node)
-            arrays.update(str(array.target) for array in node.args[1:])
+            _check_seed(node, seeds, sources.get(node.target, {}))
+            arrays.update(str(array.target) for array in node.args[1:3])
     for site, visits in draft.sites.items():
         _check_site(draft, site, list(dict.fromkeys(visits)), seeds)
     expected, actual = _canonical(draft.original, set(), set()), _canonical(draft.graph, seeds, arrays)
@@ -37,13 +44,50 @@ def check(draft: Draft) -> None:
         raise MorphError(f"the graph of {type(draft.root).__name__} no longer means what was traced; {detail}")
 
 
-def _check_seed(node: fx.Node) -> None:
-    """A seed reads one value and then the arrays called alpha and gate."""
-    names = [
-        str(arg.target).rpartition(".")[2] for arg in node.args[1:] if isinstance(arg, fx.Node) and arg.op == "get_attr"
-    ]
-    if len(node.args) != 3 or not isinstance(node.args[0], fx.Node) or names != ["alpha", "gate"]:
+def _check_sources(draft: Draft, seeds: set[str]) -> None:
+    """A site has one source for each visit, and it is what that visit's module was given."""
+    for site, sources in draft.sources.items():
+        visits = draft.sites.get(site, [])
+        if len(sources) != len(visits):
+            raise MorphError(f"site {site!r} has {len(visits)} visits but {len(sources)} sources")
+        for visit, source in zip(visits, sources, strict=True):
+            read = visit.all_input_nodes[:1] if visit.op == "call_module" else _ancestors(visit)
+            if not any(_behind_seeds(node, seeds) is source for node in read):
+                raise MorphError(
+                    f"{source.name!r}, a source of site {site!r}, is not what {visit.name!r} was made from"
+                )
+
+
+def _check_seed(node: fx.Node, seeds: set[str], sources: dict[fx.Node, fx.Node]) -> None:
+    """A seed reads one value, then the arrays called alpha and gate, then its visit's source where there is one."""
+    value, arrays, more = node.args[0] if node.args else None, node.args[1:3], node.args[3:]
+    names = [str(arg.target).rpartition(".")[2] for arg in arrays if isinstance(arg, fx.Node) and arg.op == "get_attr"]
+    if not isinstance(value, fx.Node) or names != ["alpha", "gate"]:
         raise MorphError(f"seed node {node.format_node()} must read one value and the state arrays alpha and gate")
+    wanted = sources.get(_behind_seeds(value, seeds))
+    actual = [_behind_seeds(arg, seeds) if isinstance(arg, fx.Node) else arg for arg in more]
+    if actual != ([] if wanted is None else [wanted]) or node.kwargs:
+        expected = "no source" if wanted is None else f"the source {wanted.name!r}"
+        raise MorphError(f"seed node {node.format_node()} must read {expected} besides its value and the state arrays")
+
+
+def _behind_seeds(node: fx.Node, seeds: set[str]) -> fx.Node:
+    """The value that a chain of seeds follows."""
+    while node.op == "call_module" and node.target in seeds and node.args and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
+
+
+def _ancestors(node: fx.Node) -> set[fx.Node]:
+    """A node and all that it is computed from."""
+    seen: set[fx.Node] = set()
+    waiting = [node]
+    while waiting:
+        following = waiting.pop()
+        if following not in seen:
+            seen.add(following)
+            waiting += following.all_input_nodes
+    return seen
 
 
 def _check_site(draft: Draft, site: str, visits: list[fx.Node], seeds: set[str]) -> None:
@@ -61,14 +105,18 @@ def _check_site(draft: Draft, site: str, visits: list[fx.Node], seeds: set[str])
     for value in visits:
         found = False
         node = value
-        while any(user.target in seeds and user.args[0] is node for user in node.users):
+        while any(_follows(user, node, seeds) for user in node.users):
             if len(node.users) != 1:
-                others = sorted(user.name for user in node.users if user.target not in seeds)
+                others = sorted(user.name for user in node.users if not _follows(user, node, seeds))
                 raise MorphError(f"users {others} of {node.name!r} at site {site!r} read past its seed")
             (node,) = node.users
             found = found or node.target == target
         if not found:
             raise MorphError(f"the seed of site {site!r} does not follow its value {value.name!r}")
+
+
+def _follows(user: fx.Node, node: fx.Node, seeds: set[str]) -> bool:
+    return user.target in seeds and user.args[0] is node
 
 
 def _canonical(graph: fx.Graph, seeds: set[str], arrays: set[str]) -> list[tuple[Any, ...]]:

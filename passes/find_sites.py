@@ -36,7 +36,7 @@ def find_sites(draft: Draft, *, sites: Sites, modules: Mapping[str, nn.Module], 
         scope: Qualified name of the draft's root within the model; site names begin with it.
 
     Raises:
-        SiteError: A selected module returns something that is not one tensor.
+        SiteError: A selected module returns neither one tensor nor a tuple that begins with one.
     """
     assert draft.graph is not None
     found: dict[str, list[fx.Node]] = {}
@@ -49,7 +49,7 @@ def find_sites(draft: Draft, *, sites: Sites, modules: Mapping[str, nn.Module], 
                 named[_node_site_name(node, draft, named)] = node
         found = {_join(scope, name): [node] for name, node in named.items()}
     else:
-        patterns = [sites] if isinstance(sites, str | type | re.Pattern) else list(sites)
+        patterns = _patterns(sites)
         for local, visits in draft.outputs.items():
             name = _join(scope, local)
             if name and selects(patterns, name, modules.get(name)):
@@ -57,6 +57,18 @@ def find_sites(draft: Draft, *, sites: Sites, modules: Mapping[str, nn.Module], 
     changed = found != draft.sites
     draft.sites = found
     return changed
+
+
+def chosen(sites: Sites, modules: Mapping[str, nn.Module]) -> frozenset[str]:
+    """The names of the modules that ``sites`` selects; none where it is a predicate over graph nodes."""
+    if callable(sites) and not isinstance(sites, type):
+        return frozenset()
+    patterns = _patterns(sites)
+    return frozenset(name for name, module in modules.items() if name and selects(patterns, name, module))
+
+
+def _patterns(sites: Any) -> list[Selector]:
+    return [sites] if isinstance(sites, str | type | re.Pattern) else list(sites)
 
 
 def selects(patterns: Iterable[Selector], name: str, module: nn.Module | None) -> bool:
@@ -84,10 +96,12 @@ def no_match_message(sites: Any, names: Iterable[str]) -> str:
 
 
 def _visit_node(name: str, value: Any) -> fx.Node:
-    if isinstance(value, fx.Node):
-        return value
+    first = value[0] if isinstance(value, tuple | list) and value else value
+    if isinstance(first, fx.Node):
+        return first
+    kind = type(value).__name__.removeprefix("immutable_")
     raise SiteError(
-        f"site {name!r} returns a {type(value).__name__}, but a seed needs one floating tensor. "
+        f"site {name!r} returns a {kind}, but a seed needs one floating tensor, or a tuple that begins with one. "
         "Choose a submodule that returns a tensor."
     )
 

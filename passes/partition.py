@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, fx
 
 from esper_fx._torch import SET_GRAD_ENABLED, pytree
-from esper_fx.passes.propagate import Effects, storage_of
+from esper_fx.passes.propagate import Effects, is_seed, seed_operands, storage_of
 
 #: A region smaller than this many operations is merged with a neighbour.
 MIN_OPERATIONS = 6
@@ -39,8 +39,9 @@ def analyse(graph: fx.Graph, effects: Effects) -> Flow:
     """Compute liveness and legal cut positions of an annotated graph.
 
     A cut is illegal where a value that is not one tensor would cross it, where a value that crosses it is changed in place
-    later (an upstream region may have saved it for its backward pass), and inside a block that switches the grad mode or
-    autocast.
+    later (an upstream region may have saved it for its backward pass), inside a block that switches the grad mode or
+    autocast, and between the last operation that reads a seed's source and that seed: the source would have to cross for
+    the sake of a seed that is dormant most of the time.
     """
     nodes = tuple(node for node in graph.nodes if node.op not in ("placeholder", "get_attr", "output"))
     position = {node: i for i, node in enumerate(nodes)}
@@ -49,6 +50,7 @@ def analyse(graph: fx.Graph, effects: Effects) -> Flow:
     for node, storages in effects.mutations.items():
         for storage in storages:
             changed_at[storage] = max(changed_at.get(storage, -1), position.get(node, -1))
+    parted = _between_source_and_seed(nodes, position)
     live: list[tuple[fx.Node, ...]] = []
     legal: list[bool] = []
     alive: list[fx.Node] = []
@@ -58,7 +60,7 @@ def analyse(graph: fx.Graph, effects: Effects) -> Flow:
         alive = [node for node in alive if last_use[node] >= i]
         live.append(tuple(alive))
         crossing_ok = all(_may_cross(node, i, changed_at) for node in alive)
-        legal.append(crossing_ok and depth == 0 and ambient_grad)
+        legal.append(crossing_ok and depth == 0 and ambient_grad and i not in parted)
         if i < len(nodes):
             node = nodes[i]
             depth += _context_change(node)
@@ -131,6 +133,18 @@ def _merge(segments: list[tuple[str, ...]], closing: Collection[str]) -> list[tu
 def _may_cross(node: fx.Node, cut: int, changed_at: dict[int, int]) -> bool:
     value = node.meta.get("example_value")
     return isinstance(value, Tensor) and changed_at.get(storage_of(value), -1) < cut
+
+
+def _between_source_and_seed(nodes: Sequence[fx.Node], position: Mapping[fx.Node, int]) -> set[int]:
+    """The cut positions that lie between a seed and the last operation before it that reads its source anyway."""
+    parted: set[int] = set()
+    for seed in filter(is_seed, nodes):
+        _, source = seed_operands(seed)
+        if source is not None:
+            others = (user for user in source.users if not is_seed(user) or seed_operands(user)[0] is source)
+            readers = [position[user] for user in others if position.get(user, len(nodes)) < position[seed]]
+            parted.update(range(max(readers, default=position.get(source, -1)) + 1, position[seed] + 1))
+    return parted
 
 
 def _context_change(node: fx.Node) -> int:

@@ -21,6 +21,14 @@ def is_seed(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target in (SEED, SEED.default)
 
 
+def seed_operands(node: fx.Node) -> tuple[fx.Node, fx.Node | None]:
+    """What a call of ``esper::seed`` reads: the value at its site, and the source of that value where it has one."""
+    value, source = node.args[0], node.args[6] if len(node.args) > 6 else None
+    assert isinstance(value, fx.Node)
+    assert source is None or isinstance(source, fx.Node)
+    return value, source
+
+
 @dataclass
 class Effects:
     """What running a graph does besides returning values.
@@ -44,7 +52,7 @@ class _Annotator(fx.Interpreter):
         tensors = [leaf for leaf in pytree.tree_leaves(operands) if isinstance(leaf, Tensor)]
         versions = [_version(tensor) for tensor in tensors]
         # A dormant seed hands its input through: what changes the one in place changes the other.
-        value = self.env[n.all_input_nodes[0]] if is_seed(n) else super().run_node(n)
+        value = self.env[seed_operands(n)[0]] if is_seed(n) else super().run_node(n)
         changed = {storage_of(t) for t, v in zip(tensors, versions, strict=True) if _version(t) != v}
         if changed:
             self.effects.mutations[n] = changed

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from esper_fx._torch import SET_GRAD_ENABLED, FakeTensorMode, pytree
 from esper_fx.errors import BlueprintError
+from esper_fx.ops import reads_source
 from esper_fx.passes.canonical import canonical, digest
 from esper_fx.passes.functions import tensor_methods
 
@@ -57,6 +58,7 @@ class BodyGraph:
         tensors: What those tensors are.
         output: What the graph returns.
         identity: Digest of the graph and of all tensors' descriptions; equal for bodies that compile to the same code.
+        reads_source: Whether the input is the source of the site's value instead of the value itself.
     """
 
     graph: fx.Graph
@@ -64,6 +66,7 @@ class BodyGraph:
     tensors: tuple[TensorMeta, ...]
     output: TensorMeta
     identity: str
+    reads_source: bool = False
 
 
 def record(module: nn.Module, x: TensorMeta, *, training: bool) -> BodyGraph:
@@ -71,7 +74,7 @@ def record(module: nn.Module, x: TensorMeta, *, training: bool) -> BodyGraph:
 
     Args:
         module: The module; a copy of it runs, on fake tensors, so nothing of it changes.
-        x: Description of its input.
+        x: Description of its input: the value at the site, or that value's source where the module says that it reads it.
         training: The mode to record in.
 
     Raises:
@@ -105,7 +108,9 @@ def record(module: nn.Module, x: TensorMeta, *, training: bool) -> BodyGraph:
     metas = tuple(TensorMeta.of(tensor) for tensor in tensors.values())
     output = TensorMeta.of(result)
     text = canonical(graph) + repr([meta.describe() for meta in (x, *metas)])
-    return BodyGraph(graph, tuple(tensors), metas, output, digest(text))
+    other_input = reads_source(module)
+    identity = digest(text + " of the source" * other_input)
+    return BodyGraph(graph, tuple(tensors), metas, output, identity, other_input)
 
 
 def body_signature(module: nn.Module) -> tuple[Any, ...] | None:

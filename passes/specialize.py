@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import fx
 
 from esper_fx.ops import seed_input, seed_output
-from esper_fx.passes.propagate import is_seed
+from esper_fx.passes.propagate import is_seed, seed_operands
 from esper_fx.passes.record import BodyGraph
 
 
@@ -35,9 +35,10 @@ def specialize(template: fx.Graph, bodies: Sequence[BodyGraph | None]) -> fx.Gra
         if node.op == "placeholder":
             continue
         if is_seed(node):
-            value = mapping[node.args[0]]
+            value, source = (None if n is None else mapping[n] for n in seed_operands(node))
+            assert value is not None
             body = bodies[slot]
-            mapping[node] = value if body is None else _inline(graph, value, body, body_inputs[slot])
+            mapping[node] = value if body is None else _inline(graph, value, source, body, body_inputs[slot])
             slot += 1
         else:
             mapping[node] = graph.node_copy(node, lambda n: mapping[n])
@@ -45,9 +46,9 @@ def specialize(template: fx.Graph, bodies: Sequence[BodyGraph | None]) -> fx.Gra
     return graph
 
 
-def _inline(graph: fx.Graph, x: fx.Node, body: BodyGraph, inputs: list[fx.Node]) -> fx.Node:
+def _inline(graph: fx.Graph, x: fx.Node, source: fx.Node | None, body: BodyGraph, inputs: list[fx.Node]) -> fx.Node:
     alpha, gate, *tensors = inputs
-    inner = graph.call_function(seed_input, (x, alpha, gate))
+    inner = graph.call_function(seed_input, (source if body.reads_source else x, alpha, gate))
     placeholders = [node for node in body.graph.nodes if node.op == "placeholder"]
     mapping: dict[fx.Node, fx.Node] = dict(zip(placeholders, [inner, *tensors], strict=True))
     delta = graph.graph_copy(body.graph, mapping)

@@ -14,6 +14,8 @@ from esper_fx.passes.pipeline import Draft
 def splice(draft: Draft, *, target: Callable[[str], str], alpha: str, gate: str) -> bool:
     """Insert ``seed(value, alpha, gate)`` after every visit of every site; users of the value then read the seed.
 
+    Where the site has a source, the seed is given that too: ``seed(value, alpha, gate, source)``.
+
     Idempotent: a value that its seed already follows is left alone. Where two sites share one node (a block and its last
     layer), the inner module's seed comes first.
 
@@ -34,13 +36,15 @@ def splice(draft: Draft, *, target: Callable[[str], str], alpha: str, gate: str)
     for site in sorted(draft.sites, key=lambda name: (-name.count("."), name)):
         seed_name = target(site)
         draft.seeds[site] = seed_name
-        for value in dict.fromkeys(draft.sites[site]):
+        sources = draft.sources.get(site, [None] * len(draft.sites[site]))
+        for value, source in dict(zip(draft.sites[site], sources, strict=True)).items():
             anchor = _last_seed(value)
             if any(n.op == "call_module" and n.target == seed_name for n in _chain(value)):
                 continue
             # The arrays are read after the last placeholder; a seed on a placeholder comes after them.
             with graph.inserting_after(arrays[gate] if anchor.op == "placeholder" else anchor):
-                seed = graph.call_module(seed_name, (anchor, arrays[alpha], arrays[gate]))
+                more = () if source is None else (_last_seed(source),)
+                seed = graph.call_module(seed_name, (anchor, arrays[alpha], arrays[gate], *more))
             anchor.replace_all_uses_with(seed, delete_user_cb=partial(operator.is_not, seed))
             seed.meta.update({key: value.meta[key] for key in ("stack_trace", "nn_module_stack") if key in value.meta})
             seed.meta["esper_seed"] = site

@@ -1,12 +1,15 @@
-"""Trace a module's forward into a torch.fx graph, remembering what every submodule returned."""
+"""Trace a module's forward into a torch.fx graph, remembering what every submodule was given and returned."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Collection
 from typing import Any
 
 from torch import fx, nn
 
 from esper_fx.errors import MorphError
+from esper_fx.passes.hazards import hazard
 from esper_fx.passes.pipeline import Draft
 
 
@@ -15,22 +18,32 @@ class TraceError(MorphError):
 
 
 class SiteTracer(fx.Tracer):
-    """Symbolic tracer that keeps library layers as leaves and notes each submodule's return value.
+    """Symbolic tracer that keeps library layers as leaves and notes what each submodule is given and returns.
 
-    A module of the user's own whose forward reads ``self.training`` is kept as a leaf too: symbolic tracing would freeze
-    the branch of the mode it was traced in.
+    A module whose code tracing would misread (see ``hazards``) is kept as a leaf too.
+
+    Args:
+        absent: Parameters of the root's forward that are None while it is traced.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, absent: Collection[str] = ()) -> None:
         super().__init__()
         self.outputs: dict[str, list[Any]] = {}
+        self._absent = absent
+        self.inputs: dict[str, list[Any]] = {}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return super().is_leaf_module(m, module_qualified_name) or has_own_call(m) or reads_training(m)
+        return super().is_leaf_module(m, module_qualified_name) or has_own_call(m) or hazard(m) is not None
+
+    def create_args_for_root(self, *args: Any, **kwargs: Any) -> tuple[Any, list[Any]]:
+        function, arguments = super().create_args_for_root(*args, **kwargs)
+        return function, [None if _name(value) in self._absent else value for value in arguments]
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         result = super().call_module(m, forward, args, kwargs)
         self.outputs.setdefault(self.path_of_module(m), []).append(result)
+        given = (value for value in (*args, *kwargs.values()) if isinstance(value, fx.Proxy))
+        self.inputs.setdefault(self.path_of_module(m), []).append(next(given, None))
         return result
 
 
@@ -41,38 +54,75 @@ def has_own_call(module: nn.Module) -> bool:
     )
 
 
-def reads_training(module: nn.Module) -> bool:
-    """Whether the module's own forward looks at ``self.training``."""
-    code = getattr(type(module).forward, "__code__", None)
-    return code is not None and "training" in code.co_names
-
-
 def trace(draft: Draft) -> bool:
-    """Trace ``draft.root`` and fill ``graph``, ``original``, ``outputs`` and ``constants``.
+    """Trace ``draft.root`` and fill ``graph``, ``original``, ``outputs`` and ``inputs``.
 
     Raises:
-        TraceError: The forward cannot be traced symbolically; the message holds the reason.
+        TraceError: The forward cannot be traced symbolically, or its graph would not compute the same for every call; the
+            message holds the reason.
     """
-    if reads_training(draft.root):
-        raise TraceError(f"{type(draft.root).__name__}.forward reads self.training, which a graph would freeze")
+    kind = type(draft.root).__name__
+    if (why := hazard(draft.root)) is not None:
+        raise TraceError(f"{kind}.forward {why}")
     tracer = SiteTracer()
-    before = set(vars(draft.root))
-    try:
-        graph = tracer.trace(draft.root)
-    except Exception as error:
-        for name in set(vars(draft.root)) - before:
-            delattr(draft.root, name)
-        raise TraceError(f"{type(draft.root).__name__} cannot be traced symbolically: {error}") from error
+    graph = _trace(tracer, draft.root)
+    if any(node.op == "get_attr" and str(node.target).startswith("_tensor_constant") for node in graph.nodes):
+        raise TraceError(f"{kind}.forward makes a tensor of constants, which a graph would make only once")
+    optional = _optional(draft.root)
+    if optional:
+        without = _trace(SiteTracer(absent=optional), draft.root)
+        if _rows(without, optional) != _rows(graph, optional):
+            names = " and ".join(optional)
+            raise TraceError(f"{kind}.forward does different things where {names} is None, which a graph would freeze")
     draft.graph = graph
-    draft.constants = tuple(name for name in vars(draft.root) if name not in before)
     draft.original = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
     result = draft.original.graph_copy(graph, mapping)
     output = next(iter(reversed(graph.nodes)))
     draft.original.output(result, type_expr=output.type)
     draft.outputs = {
-        name: [value.node if isinstance(value, fx.Proxy) else value for value in values]
-        for name, values in tracer.outputs.items()
+        name: [fx.node.map_aggregate(value, _node_of) for value in values] for name, values in tracer.outputs.items()
     }
     draft.outputs[""] = [output.args[0]]
+    draft.inputs = {
+        name: [value.node if isinstance(value, fx.Proxy) else None for value in values]
+        for name, values in tracer.inputs.items()
+    }
+    draft.inputs[""] = [next((node for node in graph.nodes if node.op == "placeholder"), None)]
     return True
+
+
+def _trace(tracer: SiteTracer, root: nn.Module) -> fx.Graph:
+    before = set(vars(root))
+    try:
+        return tracer.trace(root)
+    except Exception as error:
+        raise TraceError(f"{type(root).__name__} cannot be traced symbolically: {error}") from error
+    finally:
+        for name in set(vars(root)) - before:  # constants that the tracer leaves behind
+            if name.startswith("_tensor_constant"):
+                delattr(root, name)
+
+
+def _optional(root: nn.Module) -> list[str]:
+    """Parameters of the forward that may be left out, and are None then."""
+    parameters = inspect.signature(root.forward).parameters.values()
+    return [parameter.name for parameter in parameters if parameter.default is None]
+
+
+def _rows(graph: fx.Graph, absent: Collection[str]) -> list[Any]:
+    """The graph's operations over positions, with some placeholders read as None."""
+    position: dict[fx.Node, Any] = {}
+    rows: list[Any] = []
+    for node in graph.nodes:
+        rows.append((node.op, node.target, repr(fx.map_arg((node.args, node.kwargs), lambda n: position[n]))))
+        position[node] = None if node.op == "placeholder" and node.target in absent else ("value", len(rows))
+    return rows
+
+
+def _name(value: Any) -> str:
+    return str(value.node.target) if isinstance(value, fx.Proxy) else ""
+
+
+def _node_of(value: Any) -> Any:
+    return value.node if isinstance(value, fx.Proxy) else value

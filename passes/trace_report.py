@@ -8,8 +8,9 @@ from enum import StrEnum
 
 from torch import nn
 
+from esper_fx.passes.hazards import hazard
 from esper_fx.passes.pipeline import Draft
-from esper_fx.passes.trace import has_own_call, reads_training
+from esper_fx.passes.trace import has_own_call
 
 
 class How(StrEnum):
@@ -99,9 +100,8 @@ def _in_draft(
 def _why_leaf(module: nn.Module) -> str:
     if has_own_call(module):
         return "it has hooks, which would run while tracing instead of at every call"
-    if reads_training(module):
-        return "its forward reads self.training, which a graph would freeze"
-    return "a layer of a library"
+    why = hazard(module) if not type(module).__module__.startswith("torch.nn") else None
+    return "a layer of a library" if why is None else f"its forward {why}"
 
 
 def _under(name: str, scope: str) -> bool:

@@ -19,7 +19,7 @@ TESTS = Path(__file__).parent
 LANES = ("fast", "property", "compile", "kernels", "gpu")
 
 # derandomize: the same commit gives the same verdict. No deadline: nothing is timed in a test.
-settings.register_profile("ci", derandomize=True, deadline=None)
+settings.register_profile("ci", max_examples=50, derandomize=True, deadline=None)
 settings.register_profile(
     "nightly",
     max_examples=2_000,
@@ -64,3 +64,14 @@ def _session_settings(kernel_folder: Path) -> Iterator[None]:
     """
     with esper_fx.configure(cache_dir=kernel_folder, workers=1, worker_nice=0):
         yield
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For tests of many small training steps: threads that wait for each other on a busy machine make those slow."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -72,6 +72,41 @@ def pointwise(site: SiteSpec, inputs: int, outputs: int, *, bias: bool) -> nn.Mo
     return nn.Linear(inputs, outputs, bias=bias)
 
 
+def source_layers(blueprint: str, site: SiteSpec, rank: int) -> tuple[nn.Module, nn.Module]:
+    """LoRA's two layers without biases: from the input of the module at a site to ``rank`` features, and to the site's.
+
+    A first convolution with ``padding="same"`` is not dilated, because PEFT's is not; otherwise its map would not fit.
+
+    Raises:
+        BlueprintError: The site has no source, or ``rank`` is no multiple of a convolution's groups.
+    """
+    source = site.source
+    if source is None:
+        raise BlueprintError(
+            f"reads='input' for blueprint {blueprint!r} does not fit site {site.name!r}: it is not the output of an nn.Linear, "
+            "nn.Conv1d, nn.Conv2d, nn.Conv3d or Conv1D whose input is known. Use reads='output', or another site"
+        )
+    if source.convolution is None:
+        return nn.Linear(source.features, rank, bias=False), nn.Linear(rank, site.features, bias=False)
+    moves = source.convolution
+    if rank % moves.groups:
+        raise BlueprintError(
+            f"rank={rank!r} for blueprint {blueprint!r} at site {site.name!r}: expected a multiple of the {moves.groups} "
+            "groups of the convolution there"
+        )
+    layer = _CONVOLUTIONS[len(moves.kernel_size) + 2]
+    down = layer(
+        source.features,
+        rank,
+        moves.kernel_size,
+        stride=moves.stride,
+        padding=moves.padding,
+        dilation=1 if moves.padding == "same" else moves.dilation,
+        bias=False,
+    )
+    return down, layer(rank, site.features, 1, groups=moves.groups, bias=False)
+
+
 def zero_(layer: nn.Module) -> nn.Module:
     """Set all parameters of a layer to zero."""
     for parameter in layer.parameters():

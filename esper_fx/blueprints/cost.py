@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from esper_fx._torch import CPU_ATTENTION, FakeTensorMode, storage_id
+from esper_fx.ops import reads_source
 from esper_fx.site import SiteSpec
 
 
@@ -22,8 +23,8 @@ class Cost:
         parameters: Number of its trainable scalars.
         flops: Floating-point operations of its matrix products, convolutions and attention, two for each
             multiply-add, as `torch.utils.flop_counter` counts them; pointwise operations count as none.
-        activation_bytes: Bytes that eager autograd keeps for the backward pass, besides parameters and the value of
-            the site itself.
+        activation_bytes: Bytes that eager autograd keeps for the backward pass, besides parameters and the value that
+            the body reads.
     """
 
     parameters: int
@@ -35,7 +36,7 @@ def measure(body: nn.Module, site: SiteSpec) -> Cost:
     """The cost of a body, found by running it on tensors without data.
 
     Args:
-        body: Maps a value of the site's shape and dtype to a delta; on the CPU.
+        body: Maps a value of the site's shape and dtype, or its source where it reads that, to a delta; on the CPU.
         site: Where it sits.
     """
     mode = FakeTensorMode()
@@ -51,7 +52,8 @@ def measure(body: nn.Module, site: SiteSpec) -> Cost:
         return tensor
 
     with mode, torch.enable_grad():
-        x = torch.empty(site.shape, dtype=site.dtype, requires_grad=True)
+        shape = site.source.shape if reads_source(body) and site.source is not None else site.shape
+        x = torch.empty(shape, dtype=site.dtype, requires_grad=True)
         known = {storage_id(tensor) for tensor in (x, *tensors.values())}
         with (
             torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),

@@ -16,6 +16,7 @@ from torch import nn
 
 from esper_fx.blueprints.cost import Cost, measure
 from esper_fx.errors import BlueprintError, UnknownBlueprintError
+from esper_fx.ops import reads_source
 from esper_fx.site import SiteSpec
 
 BuildFunction = TypeVar("BuildFunction", bound=Callable[..., nn.Module])
@@ -118,6 +119,11 @@ class Blueprint:
             raise BlueprintError(
                 f"blueprint {self.name!r} returned {type(body).__name__} for site {site.name!r}: expected an nn.Module"
             )
+        if reads_source(body) and site.source is None:
+            raise BlueprintError(
+                f"blueprint {self.name!r} built a body that reads the input of the module at its site, which is not known of "
+                f"site {site.name!r}: expected the output of a linear map or a convolution"
+            )
         with torch.inference_mode(False):
             return body.to(site.device, site.dtype)
 
@@ -167,6 +173,9 @@ def blueprint(
 
     The function takes a `SiteSpec` first, and its parameters by name. It returns a module that maps ``x`` to a delta of
     the same shape and dtype, which is zero at birth: zero-initialise the last layer, and only the last.
+
+    A module with an attribute ``reads_source`` that is true is given the source of the value instead, which is the input of
+    the linear map or convolution at the site (``site.source``); its delta is still one of the value.
 
     Args:
         name: Name to germinate it by.

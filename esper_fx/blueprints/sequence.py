@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from esper_fx.blueprints import registry
 from esper_fx.errors import BlueprintError
+from esper_fx.ops import reads_source
 from esper_fx.site import SiteSpec
 
 
@@ -54,7 +55,13 @@ def _build(site: SiteSpec, part: str | Sequence[Any]) -> nn.Module:
     reason = kind.fits(site)
     if reason is not None:
         raise BlueprintError(f"blueprint {name!r}, a part of 'sequence', does not fit site {site.name!r}: {reason}")
-    return kind.function(site, **kind.bind(config))
+    body = kind.function(site, **kind.bind(config))
+    if reads_source(body):
+        raise BlueprintError(
+            f"blueprint {name!r}, a part of 'sequence', reads the input of the module at site {site.name!r}: a part reads what "
+            "the parts before it have made of the value there"
+        )
+    return body
 
 
 def _pair(part: Any) -> tuple[str, Mapping[str, Any]]:

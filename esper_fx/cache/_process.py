@@ -17,9 +17,8 @@ from typing import Any
 
 from esper_fx.cache import worker
 from esper_fx.cache._background import register_after_fork
+from esper_fx.cache._placement import LOOK_S, placement
 
-# How often a waiting parent looks whether the worker still lives, should a child of the worker hold its pipe open.
-_POLL_S = 1.0
 _LOG_TAIL_BYTES = 2000
 
 
@@ -41,13 +40,15 @@ class WorkerProcess:
         nice: What is added to the worker's niceness.
         environment: Its environment variables, complete.
         warm: Target that the worker runs once, with ``b""``, before its first job.
+        urgent: Whether somebody waits for that.
 
     Raises:
         OSError: The process could not be started.
     """
 
-    def __init__(self, *, nice: int, environment: Mapping[str, str], warm: str | None) -> None:
+    def __init__(self, *, nice: int, environment: Mapping[str, str], warm: str | None, urgent: bool) -> None:
         self._lock = threading.Lock()
+        self._writing = threading.Lock()
         self._closed = False
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (closed in close)
         child_read, self._write_fd = os.pipe()
@@ -71,7 +72,7 @@ class WorkerProcess:
             os.close(child_read)
             os.close(child_write)
         os.set_blocking(self._write_fd, False)
-        self._greeting = (nice, _search_path(), warm)
+        self._greeting = (nice, _search_path(), warm, urgent)
 
     @property
     def alive(self) -> bool:
@@ -92,6 +93,13 @@ class WorkerProcess:
         self._log.seek(0)  # parent and child share one file offset
         self._log.truncate()
         return self._exchange((target, payload, _search_path(), urgent), timeout)
+
+    def hurry(self) -> None:
+        """Lets the job that runs have the pace of an urgent one: an urgent one waits behind it. Returns at once."""
+        with self._lock, self._writing:
+            if not self._closed:
+                with contextlib.suppress(OSError):  # it is about to end, or has requests enough
+                    os.write(self._write_fd, worker.pack(worker.HURRY))
 
     def output(self) -> str:
         """The last of what the worker has printed since its latest job began."""
@@ -118,7 +126,7 @@ class WorkerProcess:
 
     def after_fork_in_child(self) -> None:
         """Lets go of the pipes: a forked child that held them would keep the worker alive after its parent's death."""
-        self._lock = threading.Lock()
+        self._lock, self._writing = threading.Lock(), threading.Lock()
         if not self._closed:
             self._closed = True
             self._close_files()
@@ -137,33 +145,40 @@ class WorkerProcess:
 
     def _exchange(self, message: object, timeout: float | None) -> tuple[Any, ...]:
         deadline = None if timeout is None else time.monotonic() + timeout
-        view = memoryview(worker.pack(message))
-        while view:
-            self._wait(self._write_fd, select.POLLOUT, deadline)
-            try:
-                view = view[os.write(self._write_fd, view) :]
-            except BlockingIOError:
-                continue
-            except BrokenPipeError:
-                raise self._died() from None
 
         def read(count: int) -> bytes:
             self._wait(self._read_fd, select.POLLIN, deadline)
             return os.read(self._read_fd, count)
 
-        try:
-            reply: tuple[Any, ...] = worker.receive(read)
-        except EOFError:
-            raise self._died() from None
+        with placement.beside(self._process.pid):
+            self._send(worker.pack(message), deadline)
+            try:
+                reply: tuple[Any, ...] = worker.receive(read)
+            except EOFError:
+                raise self._died() from None
         return reply
+
+    def _send(self, message: bytes, deadline: float | None) -> None:
+        view = memoryview(message)
+        with self._writing:
+            while view:
+                self._wait(self._write_fd, select.POLLOUT, deadline)
+                try:
+                    view = view[os.write(self._write_fd, view) :]
+                except BlockingIOError:
+                    continue
+                except BrokenPipeError:
+                    raise self._died() from None
 
     def _wait(self, descriptor: int, event: int, deadline: float | None) -> None:
         poll = select.poll()
         poll.register(descriptor, event)
         while True:
-            remaining = _POLL_S if deadline is None else min(_POLL_S, deadline - time.monotonic())
+            remaining = LOOK_S if deadline is None else min(LOOK_S, deadline - time.monotonic())
             if poll.poll(max(0.0, remaining) * 1e3):
                 return
+            placement.look()
+            # Should a child of the worker hold its pipe open, the end of the worker does not show there.
             if self._process.poll() is not None:
                 raise self._died()
             if remaining <= 0:

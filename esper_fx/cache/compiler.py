@@ -122,6 +122,9 @@ class KernelCompiler:
             if self._free < len(self._tasks):
                 self._add_thread()
             self._condition.notify()
+            behind = list(self._processes) if job.urgent and self._free < len(self._tasks) else []
+        for process in behind:
+            process.hurry()
         return future
 
     def start(self) -> None:
@@ -260,7 +263,10 @@ class KernelCompiler:
         return self._start_worker()
 
     def _start_worker(self) -> WorkerProcess:
-        worker = WorkerProcess(nice=self._nice, environment=os.environ | self._environment, warm=self._warm)
+        with self._condition:
+            urgent = any(task.job.urgent for task in self._tasks)
+        environment = os.environ | self._environment
+        worker = WorkerProcess(nice=self._nice, environment=environment, warm=self._warm, urgent=urgent)
         with self._condition:
             self._processes.add(worker)
             self._started += 1

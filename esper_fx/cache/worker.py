@@ -26,8 +26,10 @@ _CHUNK = 1 << 20
 # How often a worker looks whether its parent still lives, should something else hold the parent's end of the pipe open.
 _PARENT_POLL_MS = 1000
 # While all processors are taken, a worker runs for so many seconds and then stands still for so many; see _pace.
-_RHYTHMS = {b"u": (0.004, 0.006), b"b": (0.006, 0.036)}
+_RHYTHMS = {b"u": (0.004, 0.007), b"b": (0.004, 0.016)}
 _URGENT, _BACKGROUND, _REST = b"u", b"b", b"r"
+#: A message that is no job: somebody waits for a job behind the one that runs.
+HURRY = "hurry"
 
 
 def pack(message: object) -> bytes:
@@ -65,12 +67,14 @@ def _serve(request_fd: int, reply_fd: int) -> None:
     pacer_fd = _start_pacer(request_fd, reply_fd)
     requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
     parent = os.getppid()
-    threading.Thread(target=_read_requests, args=(request_fd, parent, requests), name="requests", daemon=True).start()
+    threading.Thread(
+        target=_read_requests, args=(request_fd, parent, requests, pacer_fd), name="requests", daemon=True
+    ).start()
 
-    nice, search_path, warm = requests.get()
+    nice, search_path, warm, urgent = requests.get()
     os.nice(nice)
     _lower_session(nice)
-    target, payload, urgent = warm, b"", False
+    target, payload = warm, b""
     while True:
         _tell(pacer_fd, _URGENT if urgent else _BACKGROUND)
         reply = ("done", b"", 0.0, 0.0) if target is None else _run(target, payload, search_path)
@@ -158,7 +162,7 @@ def _lower_session(nice: int) -> None:
         return
 
 
-def _read_requests(request_fd: int, parent: int, requests: queue.SimpleQueue[Any]) -> None:
+def _read_requests(request_fd: int, parent: int, requests: queue.SimpleQueue[Any], pacer_fd: int | None) -> None:
     """Passes requests on to the main thread; the end of the stream is the end of the parent, and so of this process."""
     poll = select.poll()
     poll.register(request_fd, select.POLLIN)
@@ -171,7 +175,11 @@ def _read_requests(request_fd: int, parent: int, requests: queue.SimpleQueue[Any
 
     try:
         while True:
-            requests.put(receive(read))
+            message = receive(read)
+            if message == HURRY:
+                _tell(pacer_fd, _URGENT)
+            else:
+                requests.put(message)
     except BaseException:  # whatever it is, no request can come any more
         _die()
 

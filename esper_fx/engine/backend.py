@@ -30,7 +30,7 @@ def esper(module: fx.GraphModule, example_inputs: list[Any], **options: Any) -> 
         )
     program = Program(module)
     for growth in program.growths:
-        growth.recompiles += int(_torch.is_recompile())
+        growth.changes.recompiles += int(_torch.is_recompile())
     return program
 
 

@@ -11,9 +11,10 @@ from torch import Tensor, fx
 from esper_fx._torch import FakeTensorMode, pytree
 from esper_fx.engine.build import Ambient
 from esper_fx.engine.region import Region, Variant, shared_template
+from esper_fx.ops import reads_source
 from esper_fx.passes import partition
 from esper_fx.passes.canonical import qualified_name
-from esper_fx.passes.propagate import freeze_numbers, is_seed, propagate
+from esper_fx.passes.propagate import freeze_numbers, is_seed, propagate, seed_operands
 from esper_fx.passes.record import BodyGraph, TensorMeta
 
 if TYPE_CHECKING:
@@ -24,12 +25,25 @@ Assignment = tuple[BodyGraph | None, ...]
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a seed sits in a program: its model's handle, its row in the state arrays, its input, and the mode."""
+    """Where a seed sits in a program.
+
+    Attributes:
+        model: Handle of its model.
+        site: Its row in the state arrays.
+        value: The value at its site.
+        training: The mode.
+        source: Input of the module whose output that value is, where that is known.
+    """
 
     model: int
     site: int
     value: TensorMeta
     training: bool
+    source: TensorMeta | None = None
+
+    def input_of(self, body: object) -> TensorMeta | None:
+        """What a body reads here: the value or, where it says so, the source; None where that is not known."""
+        return self.source if reads_source(body) else self.value
 
 
 @dataclass(frozen=True)
@@ -69,11 +83,7 @@ class Layout:
             effects = propagate(self.module, inputs)
         freeze_numbers(graph)
         self.input_grads = tuple(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
-        self.slots = tuple(
-            Slot(node.args[3], node.args[4], TensorMeta.of(node.args[0].meta["example_value"]), bool(node.args[5]))
-            for node in graph.nodes
-            if is_seed(node)
-        )
+        self.slots = tuple(_slot(node) for node in graph.nodes if is_seed(node))
         flow = partition.analyse(graph, effects)
         self.plans = [self._plan("whole", partition.whole(flow), flow, ambient)] if flow.nodes else []
         if blocks and self.slots:
@@ -150,6 +160,17 @@ class _Constant:
     value: Any
 
 
+def _slot(node: fx.Node) -> Slot:
+    value, source = seed_operands(node)
+    return Slot(
+        model=node.args[3],  # type: ignore[arg-type]
+        site=node.args[4],  # type: ignore[arg-type]
+        value=TensorMeta.of(value.meta["example_value"]),
+        training=bool(node.args[5]),
+        source=None if source is None else TensorMeta.of(source.meta["example_value"]),
+    )
+
+
 def _extract(inside: Sequence[fx.Node], leaving: Sequence[fx.Node]) -> tuple[list[fx.Node], fx.Graph]:
     """A graph of its own for these nodes: what comes from outside are its placeholders, constants are read again."""
     graph = fx.Graph()
@@ -158,18 +179,18 @@ def _extract(inside: Sequence[fx.Node], leaving: Sequence[fx.Node]) -> tuple[lis
     entering: dict[fx.Node, None] = {}
     constants: dict[fx.Node, None] = {}
     for node in inside:
-        used = [node.args[0]] if is_seed(node) else node.all_input_nodes
+        used = [n for n in seed_operands(node) if n is not None] if is_seed(node) else node.all_input_nodes
         for source in used:
             if source not in members:
-                (constants if source.op == "get_attr" else entering)[source] = None  # type: ignore[union-attr,index]
+                (constants if source.op == "get_attr" else entering)[source] = None
     for number, node in enumerate(entering):
         mapping[node] = graph.placeholder(f"input{number}")
     for node in constants:
         mapping[node] = graph.get_attr(str(node.target))
     for node in inside:
         if is_seed(node):
-            value = mapping[node.args[0]]  # type: ignore[index]
-            mapping[node] = graph.call_function(node.target, (value, value, value, 0, 0, node.args[5]))  # type: ignore[arg-type]
+            value, *more = [mapping[n] for n in seed_operands(node) if n is not None]
+            mapping[node] = graph.call_function(node.target, (value, value, value, 0, 0, node.args[5], *more))  # type: ignore[arg-type]
         else:
             mapping[node] = graph.node_copy(node, lambda n: mapping[n])
             mapping[node].meta = {}

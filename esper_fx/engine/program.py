@@ -17,6 +17,7 @@ from esper_fx.engine.build import Ambient
 from esper_fx.engine.plan import Assignment, Executable, Layout, Plan, Slot
 from esper_fx.engine.region import Variant
 from esper_fx.engine.service import Service, service
+from esper_fx.errors import BlueprintError
 from esper_fx.passes.propagate import is_seed
 from esper_fx.passes.record import BodyGraph, body_signature, record
 from esper_fx.settings import settings
@@ -56,7 +57,7 @@ class Program:
     def __call__(self, *args: Any) -> Any:
         started = time.perf_counter()
         for growth in self.growths:
-            growth.enter(self)
+            growth.changes.enter(self)
         sizes = tuple(args[i] for i in self._integers)
         sized = self._sized.get(sizes)
         if sized is None:
@@ -66,7 +67,7 @@ class Program:
         executable = sized.active
         host = time.perf_counter() - started
         for growth in self.growths:
-            growth.count_host_time(host)
+            growth.changes.count_host_time(host)
         return executable(args)
 
     def _first_call(self, sizes: tuple[int, ...], args: Sequence[Any]) -> SizedProgram:
@@ -77,8 +78,8 @@ class Program:
         sized = SizedProgram(self, args, eager=eager)
         self._sized[sizes] = sized
         for growth in self.growths:
-            growth.programs.add(sized)
-            growth.kick()
+            growth.changes.programs.add(sized)
+            growth.changes.kick()
         return sized
 
 
@@ -105,12 +106,7 @@ class SizedProgram:
             try:
                 self._compile(args)
             except Exception as error:
-                self.layout = None
-                logger.debug("compilation failed", exc_info=error)
-                _warn_once(
-                    f"a program runs eagerly because it could not be compiled: {type(error).__name__}: {error}. "
-                    "`esper-fx doctor` checks the machine."
-                )
+                self._give_up(error)
 
     def _compile(self, args: Sequence[Any]) -> None:
         _torch.warm_inductor()
@@ -123,16 +119,31 @@ class SizedProgram:
         self.seeds = [by_handle[slot.model].by_index[slot.site] for slot in self.layout.slots]
         self._slots = list(zip(self.seeds, self.layout.slots, strict=True))
         for seed, slot in self._slots:
-            seed.note_value(slot.value.shape, slot.value.dtype, slot.value.device)
+            source = slot.source.shape if slot.source is not None else None
+            seed.note_value(slot.value.shape, slot.value.dtype, slot.value.device, source)
         if not self.layout.plans:  # nothing is computed: inputs and constants are handed through
             self.layout = None
             return
-        live = {seed for seed in self.seeds if seed.live}
-        assignment = self._assignment(live)
-        plan = self.layout.plans[0]
-        for variant in self.layout.variants(plan, assignment) or ():
+        self._obtain({seed for seed in self.seeds if seed.live})
+
+    def _obtain(self, live: set[KasminaSeed]) -> bool:
+        """Get the kernels of the best plan for these bodies, now, and switch to it."""
+        assert self.layout is not None
+        for variant in self.layout.variants(self.layout.plans[0], self._assignment(live)) or ():
             variant.kernel = self.service.obtain(variant.key, variant.compile_here)
-        self.activate(live)
+        return self.activate(live)
+
+    def _give_up(self, error: BaseException) -> None:
+        self.layout = None
+        self.active = self._run_eagerly
+        self.plan = "eager"
+        self._active_identity = ()
+        self._pins.replace([])
+        logger.debug("compilation failed", exc_info=error)
+        _warn_once(
+            f"a program runs eagerly because it could not be compiled: {type(error).__name__}: {error}. "
+            "`esper-fx doctor` checks the machine."
+        )
 
     def _run_eagerly(self, args: Sequence[Any]) -> Any:
         return self._module(*args)
@@ -188,6 +199,19 @@ class SizedProgram:
         self.plan = plan.name
         self._active_identity = self._identity(plan, live)
         return True
+
+    def restore(self, live: set[KasminaSeed]) -> bool:
+        """Run with these bodies from now on, whatever ran before: with the best plan that is ready, or else compile.
+
+        Blocks. Where that fails, the program runs eagerly. Returns whether it runs something else than before.
+        """
+        if self.layout is None:
+            return False
+        try:
+            return self.activate(live) if self._best(live) is not None else self._obtain(live)
+        except Exception as error:
+            self._give_up(error)
+            return True
 
     def _identity(self, plan: Plan, live: set[KasminaSeed]) -> tuple[Any, ...]:
         return plan.name, tuple(id(seed.body) if seed in live else None for seed in self.seeds)
@@ -248,12 +272,16 @@ _records: dict[tuple[Any, ...], BodyGraph] = {}
 
 def _known_record(seed: KasminaSeed, slot: Slot) -> BodyGraph | None:
     """The graph of a seed's body for a slot if an equal body was recorded before."""
-    known = seed.recorded.get((slot.value, slot.training))
-    if known is None and seed.body is not None:
-        signature = body_signature(seed.body)
-        known = _records.get((signature, slot.value, slot.training)) if signature is not None else None
+    body = seed.body
+    given = None if body is None else slot.input_of(body)
+    if body is None or given is None:
+        return None
+    known = seed.recorded.get((given, slot.training))
+    if known is None:
+        signature = body_signature(body)
+        known = _records.get((signature, given, slot.training)) if signature is not None else None
         if known is not None:
-            seed.recorded[slot.value, slot.training] = known
+            seed.recorded[given, slot.training] = known
     return known
 
 
@@ -264,11 +292,16 @@ def _record(seed: KasminaSeed, slot: Slot) -> BodyGraph:
         body = seed.body
         if body is None:
             raise RuntimeError(f"the seed at {seed.name!r} has lost its body meanwhile")
-        known = record(body, slot.value, training=slot.training)
+        given = slot.input_of(body)
+        if given is None:
+            raise BlueprintError(
+                f"the body at site {seed.name!r} reads its module's input, which this program does not hand over"
+            )
+        known = record(body, given, training=slot.training)
         signature = body_signature(body)
         if signature is not None:
-            _records[signature, slot.value, slot.training] = known
-        seed.recorded[slot.value, slot.training] = known
+            _records[signature, given, slot.training] = known
+        seed.recorded[given, slot.training] = known
     return known
 
 

@@ -75,7 +75,7 @@ def test_equal_blocks_share_kernels_and_an_equal_change_compiles_nothing() -> No
     fast(*example.inputs)
     model.seeds["blocks.0"].germinate("low_rank", rank=3).wait(300)
     assert model.settle(300)
-    (program,) = model.growth.programs
+    (program,) = model.growth.changes.programs
     blocks = program.layout.plans[1].regions
     assert len(blocks) > len({region.template for region in blocks})
     before = model.stats().cache

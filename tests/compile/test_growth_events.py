@@ -46,7 +46,7 @@ class _Adapter(nn.Module):
 def _double_twin(model: esper_fx.MorphableModel) -> esper_fx.MorphableModel:
     """An eager float64 copy in which exactly the seeds that are live now are live."""
     twin = copy.deepcopy(model).double()
-    twin.growth._unfinished = False  # a copy would finish the germinations that are under way,
+    twin.growth.changes.unfinished = False  # a copy would finish the germinations that are under way,
     twin.growth.attachment = model.growth.attachment  # and without an optimizer its own forward would move its alphas
     for parameter in twin.parameters():
         parameter.grad = None

@@ -228,7 +228,8 @@ def test_swap_reads_the_longest_step_and_the_ratios_from_what_was_watched() -> N
     }
     idle = {"idle_s": 2.0, "idle_takeover_s": 5.0}
     plain = {"before_s": [0.01, 0.01, 0.01], "event_s": [1.0, 0.01]}
-    found = swap.rows("net", grown, idle, plain)
+    quieter = grown | {"event_s": [0.02, 0.02, 0.02], "host_ms": 0.1, "call_ms": 0.5}
+    found = swap.rows("net", [grown, quieter, grown], [idle, idle | {"idle_s": 2 * idle["idle_s"]}, idle], plain)
     assert [round(row.figure, 6) for row in found] == [2.25, 1.5, 1.0, 100.0, 0.5, 4.5]
     assert [row.verdict for row in found] == ["met", "", "", "", "aim met", "missed"]
 

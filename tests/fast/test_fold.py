@@ -492,3 +492,28 @@ def test_a_model_that_is_one_layer_is_folded(layer: str) -> None:
     assert type(plain) is type(make())
     assert plain.bias is not None
     torch.testing.assert_close(plain(x), model(x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("host", "shape"),
+    [
+        (nn.Linear(6, 5), (3, 6)),
+        (nn.Linear(6, 5, bias=False), (2, 3, 6)),
+        (nn.Conv2d(3, 5, 3, padding=1, stride=2), (2, 3, 6, 6)),
+        (nn.Conv1d(3, 4, 3), (2, 3, 7)),
+    ],
+)
+@pytest.mark.parametrize("fold", [False, True])
+def test_a_body_that_reads_the_input_is_kept_or_folded(host: nn.Module, shape: tuple[int, ...], fold: bool) -> None:
+    net, x = nn.Sequential(host, nn.Tanh()), torch.randn(shape)
+    model = esper_fx.morph(net, sites="0", example_inputs=(x,))
+    model.seeds["0"].germinate("low_rank", rank=2, reads="input", scale=1.5)
+    assert model.seeds["0"].body is not None
+    with torch.no_grad():
+        for parameter in model.seeds["0"].body.parameters():
+            parameter.normal_(0.0, 0.3)
+    plain = esper_fx.unmorph(model, fold=fold)
+    assert hasattr(plain, "grown") != fold
+    assert not torch.allclose(model(x), net(x))
+    torch.testing.assert_close(plain(x), model(x), rtol=1e-5, atol=1e-5)
+    assert torch.equal(net(x), nn.Sequential(host, nn.Tanh())(x))

@@ -313,7 +313,7 @@ def test_without_example_inputs_a_site_is_known_after_the_first_call() -> None:
 
 def test_the_passes_that_ran_are_on_record() -> None:
     model = esper_fx.morph(Tied(), sites="embed")
-    assert [record.name for record in model.pass_records] == ["trace", "find_sites", "splice"]
+    assert [record.name for record in model.pass_records] == ["trace", "find_sites", "find_sources", "splice"]
     assert all(record.changed and record.seconds >= 0 for record in model.pass_records)
     assert "esper_seeds_embed" in str(model.graph)
 
@@ -405,6 +405,15 @@ def test_the_seeds_follow_dtype_and_device_of_the_model() -> None:
     assert model(torch.randn(2, 4, dtype=torch.float64)).dtype == torch.float64
 
 
+def test_a_seed_germinates_where_and_as_what_the_model_has_become() -> None:
+    model = esper_fx.morph(nn.Sequential(nn.Linear(4, 4)), sites="0", example_inputs=(torch.randn(2, 4),)).double()
+    assert model.seeds["0"].site.dtype == torch.float64
+    body = model.seeds["0"].germinate("low_rank").seed.body
+    assert body is not None
+    assert {parameter.dtype for parameter in body.parameters()} == {torch.float64}
+    assert model.to("meta").seeds["0"].site.device.type == "meta"
+
+
 def test_global_random_numbers_are_not_consumed_by_growing() -> None:
     model = esper_fx.morph(nn.Sequential(nn.Linear(4, 4)), sites="0", example_inputs=(torch.randn(2, 4),))
     before = torch.get_rng_state()
@@ -474,22 +483,36 @@ def test_a_site_whose_value_is_not_floating() -> None:
     refused(SiteError, ValueError, wording, lambda: model(ids))
 
 
+class Recurrent(nn.Module):
+    """Its LSTM returns a tuple."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lstm(x)[0]
+
+
+def test_of_a_tuple_the_first_tensor_is_the_site() -> None:
+    x = torch.randn(2, 1, 4)
+    net = Recurrent()
+    model = esper_fx.morph(net, sites="lstm", example_inputs=(x,))
+    assert model.seeds["lstm"].site.shape == (2, 1, 4)
+    assert torch.equal(model(x), net(x))
+    model.seeds["lstm"].germinate("affine", weights={"scale": torch.ones(4), "shift": torch.ones(4)})
+    assert torch.allclose(model(x), net(x) * 2 + 1)
+
+
 def test_a_site_that_is_no_tensor() -> None:
-    class Pair(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.lstm = nn.LSTM(4, 4)
+    class Named(nn.Module):
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"a": x if x.sum() > 0 else x + 1}
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.lstm(x)[0]
-
-    wording = r"site 'lstm' .*(tuple|not one tensor).*a seed needs|site 'lstm' .*a seed needs .*floating tensor"
-    refused(
-        SiteError,
-        ValueError,
-        wording,
-        lambda: esper_fx.morph(Pair(), sites="lstm", example_inputs=(torch.randn(2, 1, 4),)),
-    )
+    net = nn.Sequential(Named())
+    wording = r"site '0' returns a dict, but a seed needs one floating tensor, or a tuple that begins with one"
+    model = esper_fx.morph(net, sites="0")
+    refused(SiteError, ValueError, wording, lambda: model(torch.ones(2)))
 
 
 @pytest.mark.parametrize("part", ["whole", "seed inside"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -236,22 +237,28 @@ def test_find_sites_reports_whether_it_changed_anything() -> None:
     assert not find_sites(draft, **arguments)
 
 
-def test_a_site_that_returns_several_values_is_refused_by_name() -> None:
+def test_of_a_tuple_the_first_value_is_the_site_and_a_dict_is_refused_by_name() -> None:
     class Pair(nn.Module):
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
             return x + 1, x + 2
+
+    class Named(nn.Module):
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"a": x}
 
     class Uses(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.pair = Pair()
+            self.named = Named()
 
         def forward(self, x: Tensor) -> Tensor:
             a, b = self.pair(x)
-            return a + b
+            return self.named(a + b)["a"]
 
-    with pytest.raises(SiteError, match=r"site 'pair' returns a tuple, but a seed needs one floating tensor"):
-        found("pair", Uses())
+    assert [node.target for node in found("pair", Uses()).sites["pair"]] == [operator.add]
+    with pytest.raises(SiteError, match=r"site 'named' returns a dict, but a seed needs one floating tensor"):
+        found("named", Uses())
 
 
 def test_no_match_names_what_comes_nearest() -> None:

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 
 from esper_fx.engine.build import Ambient
-from esper_fx.engine.plan import Executable, Layout, Plan
+from esper_fx.engine.plan import Executable, Layout, Plan, Slot
 from esper_fx.engine.region import Variant
 from esper_fx.passes import partition
 from esper_fx.passes.canonical import qualified_name
@@ -282,8 +282,9 @@ def test_labels_tell_operations_shapes_and_dtypes_apart() -> None:
 class Scale(nn.Module):
     """A body with a parameter and a buffer."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, reads_source: bool = False) -> None:
         super().__init__()
+        self.reads_source = reads_source
         generator = torch.Generator().manual_seed(seed)
         self.weight = nn.Parameter(torch.randn(4, 4, generator=generator))
         self.register_buffer("shift", torch.randn(4, generator=generator))
@@ -309,7 +310,9 @@ def ambient() -> Ambient:
 
 def run_plan(layout: Layout, plan: Plan, args: list[Tensor], bodies: dict[int, Scale]) -> Any:
     recorded = tuple(
-        record(bodies[slot.site], slot.value, training=slot.training) if slot.site in bodies else None
+        record(bodies[slot.site], what_is_read(slot, bodies[slot.site]), training=slot.training)
+        if slot.site in bodies
+        else None
         for slot in layout.slots
     )
     variants = layout.variants(plan, recorded)
@@ -319,6 +322,12 @@ def run_plan(layout: Layout, plan: Plan, args: list[Tensor], bodies: dict[int, S
         StandIn(bodies[s.site], args[3][s.site], args[4][s.site]) if s.site in bodies else None for s in layout.slots
     ]
     return Executable(plan, [partial(checked, variant) for variant in variants], seeds)(args)
+
+
+def what_is_read(slot: Slot, body: Scale) -> TensorMeta:
+    meta = slot.input_of(body)
+    assert meta is not None
+    return meta
 
 
 def checked(variant: Variant, *values: Tensor) -> Any:
@@ -336,12 +345,15 @@ def gradients_of(outputs: Any, leaves: list[Tensor]) -> list[Tensor | None]:
 
 
 @examples(20)
-@given(instructions(), st.tuples(st.booleans(), st.booleans(), st.booleans()), st.sets(st.integers(0, 2)))
+@given(
+    instructions(), st.tuples(st.booleans(), st.booleans(), st.booleans()), st.sets(st.integers(0, 2)), st.booleans()
+)
 def test_the_regions_of_every_plan_compute_what_the_program_does(
-    program: tuple[Instruction, ...], grad: tuple[bool, bool, bool], live: set[int]
+    program: tuple[Instruction, ...], grad: tuple[bool, bool, bool], live: set[int], sources: bool
 ) -> None:
-    n_seeds = sum(step.kind == "seed" for step in program)
-    bodies = {site: Scale(site) for site in live if site < n_seeds}
+    seeds = [step.kind for step in program if step.kind in ("seed", "source")]
+    n_seeds = len(seeds)
+    bodies = {site: Scale(site, sources and seeds[site] == "source") for site in live if site < n_seeds}
     host = Host(bodies)
     module = programs.build(program, host.handle)
     args = programs.arguments(program, grad=grad)

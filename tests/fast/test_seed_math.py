@@ -148,7 +148,7 @@ def test_no_gradient_flows_into_alpha_and_gate() -> None:
 
 def test_the_operator_asks_its_model_to_run_the_seed() -> None:
     class Host:
-        def run_seed(self, site: int, x: Tensor, alpha: Tensor, gate: Tensor) -> Tensor:
+        def run_seed(self, site: int, x: Tensor, alpha: Tensor, gate: Tensor, source: Tensor | None) -> Tensor:
             return x * alpha[site] + gate[site]
 
     host = Host()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -11,10 +12,13 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 
 from esper_fx.cache import Job, KernelCompiler, worker
+from esper_fx.cache._process import WorkerProcess
 from tests.support.processes import eventually, is_running
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="workers are paced on Linux only")
@@ -105,3 +109,42 @@ def test_a_worker_works_on_without_its_pacer() -> None:
         _, pacer = pids(compiler)
         os.kill(pacer, signal.SIGKILL)
         assert compiler.submit(Job(f"{JOBS}:echo", b"x")).result(timeout=20).data == b"x"
+
+
+def test_a_job_has_an_urgent_pace_as_soon_as_an_urgent_one_waits_behind_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    hurried: list[WorkerProcess] = []
+    monkeypatch.setattr(WorkerProcess, "hurry", lambda process: hurried.append(process))  # noqa: PLW0108 (a method)
+    with KernelCompiler(nice=0) as compiler:
+        first = compiler.submit(Job(f"{JOBS}:wait_for_file", str(tmp_path / "go").encode(), priority=10))
+        assert eventually(lambda: compiler.stats().running == 1)
+        assert not hurried
+        compiler.submit(Job(f"{JOBS}:echo", b"x", priority=10))
+        assert not hurried
+        second = compiler.submit(Job(f"{JOBS}:echo", b"x"))
+        assert len(hurried) == 1
+        (tmp_path / "go").touch()
+        first.result(timeout=20), second.result(timeout=20)
+
+
+def test_hurrying_changes_the_pace_and_is_no_job() -> None:
+    read_fd, write_fd = os.pipe()
+    pace_read, pace_write = os.pipe()
+    requests: queue.SimpleQueue[object] = queue.SimpleQueue()
+    arguments = (read_fd, os.getppid(), requests, pace_write)
+    reader = threading.Thread(target=_reading, args=arguments)
+    reader.start()
+    os.write(write_fd, worker.pack(worker.HURRY) + worker.pack("a job"))
+    assert requests.get(timeout=10) == "a job"
+    assert os.read(pace_read, 16) == b"u"
+    os.close(write_fd)
+    reader.join(timeout=10)
+    for descriptor in (read_fd, pace_read, pace_write):
+        os.close(descriptor)
+
+
+def _reading(*arguments: Any) -> None:
+    """The worker's reader, whose end is not this process's."""
+    with mock.patch.object(worker, "_die"):
+        worker._read_requests(*arguments)

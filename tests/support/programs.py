@@ -31,7 +31,7 @@ class Instruction:
 @st.composite
 def instructions(draw: st.DrawFn, *, modes: bool = True) -> tuple[Instruction, ...]:
     """A program with at least one seed. ``modes``: with blocks under no_grad and autocast."""
-    kinds = ["unary", "binary", "seed", "linear", "chunk", "in place", "view", "repeat"] + [
+    kinds = ["unary", "binary", "seed", "source", "linear", "chunk", "in place", "view", "repeat"] + [
         "no_grad",
         "autocast",
     ] * modes
@@ -61,6 +61,10 @@ def build(program: Sequence[Instruction], handle: int = 0) -> fx.GraphModule:
             values.append(add(torch.mul if step.a % 2 else torch.add, a, b))
         elif step.kind == "seed":
             values.append(add(SEED, a, alpha, gate, handle, seeds, True))
+            seeds += 1
+        elif step.kind == "source":
+            product = add(torch.add, add(torch.matmul, a, weight), constant)
+            values.append(add(SEED, product, alpha, gate, handle, seeds, True, a))
             seeds += 1
         elif step.kind == "linear":
             values.append(add(torch.add, add(torch.matmul, a, weight), constant))
@@ -93,10 +97,15 @@ def _item(values: Sequence[Tensor], index: int) -> Tensor:
     return values[index]
 
 
+def count_seeds(program: Sequence[Instruction]) -> int:
+    """How many seeds a program has; those of kind "source" follow a linear map and are given its input."""
+    return sum(step.kind in ("seed", "source") for step in program)
+
+
 def arguments(program: Sequence[Instruction], *, grad: tuple[bool, bool, bool] = (True, False, True)) -> list[Tensor]:
     """Random arguments for a program; alpha and gate differ from seed to seed."""
     generator = torch.Generator().manual_seed(3)
-    seeds = sum(step.kind == "seed" for step in program)
+    seeds = count_seeds(program)
     shapes = (SHAPE, SHAPE, (4, 4))
     tensors = [torch.randn(s, generator=generator).requires_grad_(g) for s, g in zip(shapes, grad, strict=True)]
     return [*tensors, torch.linspace(0.5, 1.0, seeds), torch.linspace(0.25, 1.0, seeds)]
@@ -110,7 +119,7 @@ class Host:
         self.handle = -1 - id(self)
         ops.hosts[self.handle] = self
 
-    def run_seed(self, site: int, x: Tensor, alpha: Tensor, gate: Tensor) -> Tensor:
+    def run_seed(self, site: int, x: Tensor, alpha: Tensor, gate: Tensor, source: Tensor | None = None) -> Tensor:
         """What the seed's operator does outside of a kernel."""
         body = self.bodies.get(site)
-        return x if body is None else ops.seed_forward(x, body, alpha[site], gate[site])
+        return x if body is None else ops.seed_forward(x, body, alpha[site], gate[site], source)

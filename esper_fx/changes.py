@@ -1,0 +1,315 @@
+"""Changes of a model's morphology on their way: their kernels are got ready, and a step boundary makes them live."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import weakref
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from esper_fx.conductor import Conductor
+from esper_fx.errors import GerminationError
+from esper_fx.lifecycle import Stage
+from esper_fx.seed import Germination, KasminaSeed
+
+if TYPE_CHECKING:
+    from esper_fx.engine.program import Program, SizedProgram
+    from esper_fx.engine.region import Variant
+    from esper_fx.growth import Growth
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class Change:
+    """A change of the morphology that is on its way: a seed's body comes (with its germination) or goes.
+
+    Changes of one group go live in one step, or fail, together; they stand next to each other in the queue.
+
+    Attributes:
+        seed: Whose body it is.
+        germination: What ``germinate`` returned, or None where the body goes.
+        target: The stage that follows.
+        error: Why its kernels cannot be had.
+        ready: Whether the next step boundary decides it.
+        tried: Whether its kernels have been asked for.
+        group: The same for changes that belong together.
+    """
+
+    seed: KasminaSeed
+    germination: Germination | None
+    target: Stage
+    error: BaseException | None = None
+    ready: bool = False
+    tried: bool = False
+    group: object = field(default_factory=object)
+
+
+class Changes:
+    """The queue of one model's changes, and the step boundaries at which they go live.
+
+    The conductor, a coroutine on the engine's thread, gets their kernels ready, in order; a boundary on the training
+    thread makes live what is ready.
+
+    Attributes:
+        programs: The compiled programs that run the model.
+        unfinished: Whether the model is a copy that has yet to take over what was on its way in the original.
+        recompiles: Recompiles by Dynamo.
+        swaps: Times a program switched to another executable.
+        longest_host: Longest time in seconds that the engine took on the training thread in one step.
+    """
+
+    def __init__(self, growth: Growth) -> None:
+        self.programs: weakref.WeakSet[SizedProgram] = weakref.WeakSet()
+        self.unfinished = False
+        self.recompiles = 0
+        self.swaps = 0
+        self.longest_host = 0.0
+        self._growth = growth
+        self._lock = growth.lock
+        self._pending: list[Change] = []
+        self._boundary_work = False
+        self._host = 0.0
+        self._epoch = 0
+        self._thread: int | None = None
+        self._conductor = Conductor(self)
+
+    # Step boundaries, on the thread that runs the model.
+
+    def enter(self, program: Program) -> None:
+        """A program is about to run: a step begins if it has run in this step already."""
+        self._thread = threading.get_ident()
+        handle = self._growth.handle
+        if program.epochs[handle] == self._epoch:
+            self._epoch += 1
+            self.begin_step()
+        program.epochs[handle] = self._epoch
+
+    def begin_step(self) -> None:
+        """A step boundary: make live what is ready, and let the clock tick where no optimizer does."""
+        self.longest_host = max(self.longest_host, self._host)
+        self._host = 0.0
+        started = time.perf_counter()
+        if self.unfinished:
+            self.resume()
+        if self._boundary_work:
+            self.apply()
+        if self._growth.attachment is None:
+            self._growth.tick()
+        self._host += time.perf_counter() - started
+
+    def begin_eager_forward(self) -> None:
+        """The model is called without a compiled program."""
+        self._thread = threading.get_ident()
+        self.begin_step()
+
+    def reset_stats(self) -> None:
+        """Begin to count anew."""
+        self.recompiles = self.swaps = 0
+        self.longest_host = self._host = 0.0
+
+    def count_host_time(self, seconds: float) -> None:
+        """Time that the engine itself took on the training thread in this step."""
+        self._host += seconds
+
+    def apply_between_steps(self) -> None:
+        """Make live what is ready if the calling thread is the one that runs the model."""
+        if self._thread is None or self._thread == threading.get_ident():
+            self.apply()
+
+    def apply(self) -> None:
+        """Make live what is ready; the calling thread must be between two steps."""
+        with self._lock:
+            self._boundary_work = False
+            while self._pending and self._pending[0].ready:
+                change = self._pending[0]
+                together = self._together_with(change)
+                if change.error is None and not self._can_run(self._live_after(change)):
+                    for member in together:
+                        member.ready = False  # a program has come meanwhile
+                    break
+                del self._pending[: len(together)]
+                for member in together:
+                    self._growth.commit(member)
+            live = self._live()
+            self.swaps += sum(program.activate(live) for program in list(self.programs))
+            self.kick()
+
+    # Copies and checkpoints.
+
+    def resume(self) -> None:
+        """Take up what was on its way when the model was copied or saved, in the order in which it had begun."""
+        self.unfinished = False
+        begun = {event.site: number for number, event in enumerate(self._growth.ledger)}
+        for seed in sorted(self._growth.by_index, key=lambda seed: begun.get(seed.name, -1)):
+            if seed.stage == Stage.GERMINATING:
+                trained = bool(self._growth.state.read("gate", seed.index))  # it was given weights
+                self.add(Change(seed, Germination(seed), Stage.ACTIVE if trained else Stage.INCUBATING))
+            elif seed.stage == Stage.EMBARGOED and seed.live:
+                self.add(Change(seed, None, Stage.EMBARGOED))
+
+    def abandon(self, why: str) -> None:
+        """Forget everything that is on its way; who waits for a germination gets ``why`` in an error."""
+        with self._lock:
+            abandoned, self._pending = self._pending, []
+            self._boundary_work = self.unfinished = False
+        for change in abandoned:
+            if change.germination is not None:
+                change.germination.settle(GerminationError(f"the body at site {change.seed.name!r} is gone: {why}"))
+
+    def restored(self) -> None:
+        """The model has other bodies, between two steps: let no program run the old ones. May compile, and so block."""
+        live = self._live()
+        self.swaps += sum(program.restore(live) for program in list(self.programs))
+        self.resume()
+        self.kick()
+
+    # The queue.
+
+    def add(self, *group: Change) -> None:
+        """Queue changes of one group; if everything for them is there already, the next step boundary makes them live."""
+        if not group:
+            return
+        waiting = list(self._pending)
+        self._pending += group
+        if not self.programs:
+            for change in group:
+                change.ready = True
+            self.apply()
+            return
+        if all(c.ready for c in waiting) and self._can_run(self._live_after(group[0])):
+            self._stage(group[0])
+        self.kick()
+
+    def withdraw(self, seed: KasminaSeed) -> Change | None:
+        """Take the change that is on its way for a seed out of the queue, if there is one."""
+        change = next((c for c in self._pending if c.seed is seed), None)
+        if change is not None:
+            self._pending.remove(change)
+        return change
+
+    def _stage(self, change: Change) -> None:
+        for member in self._together_with(change):
+            member.ready = True
+            member.error = change.error
+            if member.germination is not None:
+                member.germination.mark_ready()
+        self._boundary_work = True
+
+    def _together_with(self, change: Change) -> list[Change]:
+        return [member for member in self._pending if member.group is change.group]
+
+    def _live(self) -> set[KasminaSeed]:
+        return {seed for seed in self._growth.by_index if seed.live}
+
+    def _live_after(self, change: Change) -> set[KasminaSeed]:
+        live = self._live()
+        last = self._together_with(change)[-1]
+        for member in self._pending:
+            if member.error is None:
+                (live.add if member.germination is not None else live.discard)(member.seed)
+            if member is last:
+                break
+        return live
+
+    def _can_run(self, live: set[KasminaSeed]) -> bool:
+        return all(program.can_run(live) for program in list(self.programs))
+
+    # Getting kernels ready.
+
+    def kick(self) -> None:
+        """Let the conductor look at what there is to do."""
+        if self.programs:
+            self._conductor.kick(next(iter(self.programs)).service)
+
+    def work(self) -> list[Future[Any]]:
+        """One round of the conductor: ask for kernels that are missing, stage changes that are ready.
+
+        Returns:
+            What to wait for before the next round; empty when nothing is left to do.
+        """
+        waiting: list[Future[Any]] = []
+        with self._lock:
+            first_of_groups = {change.group: change for change in reversed(self._pending)}
+            heads = [change for change in self._pending if first_of_groups[change.group] is change]
+            pending = [(change, self._live_after(change)) for change in heads]
+            programs = list(self.programs)
+            live = self._live()
+        for change, after in pending:
+            if not change.ready:
+                waiting += self._prepare(change, after, programs)
+        if not pending:
+            for program in programs:
+                waiting += self._improve(program, live)
+        return waiting
+
+    def _prepare(self, change: Change, live: set[KasminaSeed], programs: list[SizedProgram]) -> list[Future[Any]]:
+        """Get the kernels for one change; stage it when they are there, or when they cannot be had."""
+        error: BaseException | None = None
+        missing: list[Variant] = []
+        try:
+            for program in programs:
+                missing += program.request(live, urgent=True, retry=not change.tried)
+            change.tried = True
+            error = next((variant.error for variant in missing if variant.error is not None), None)
+        except Exception as problem:
+            error = problem
+        with self._lock:
+            if change not in self._pending:
+                return []
+            if error is not None:
+                change.error = GerminationError(f"{_bodies(self._together_with(change))} no kernel: {error}")
+                change.error.__cause__ = error
+            if error is not None or not missing:
+                self._stage(change)
+        return [variant.future for variant in missing if variant.future is not None and error is None]
+
+    def _improve(self, program: SizedProgram, live: set[KasminaSeed]) -> list[Future[Any]]:
+        """Get all plans for the morphology of now ready; the next boundary switches to a better one."""
+        try:
+            missing = program.request(live, urgent=False, retry=False)
+        except Exception as error:
+            logger.warning("a plan could not be prepared: %s", error)
+            return []
+        with self._lock:
+            if live == self._live() and program.has_better(live):
+                self._boundary_work = True
+        return [variant.future for variant in missing if variant.future is not None and variant.error is None]
+
+    # Waiting.
+
+    @property
+    def pending(self) -> bool:
+        """Whether a change or a better plan is on its way."""
+        return bool(self._pending) or self._boundary_work or self._conductor.busy
+
+    def wait_for(self, germination: Germination, timeout: float | None) -> bool:
+        """See :meth:`Germination.wait`."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        if not germination._ready.wait(timeout):
+            return False
+        self.apply_between_steps()
+        rest = None if deadline is None else max(0.0, deadline - time.monotonic())
+        return germination._done.wait(rest)
+
+    def settle(self, timeout: float | None) -> bool:
+        """Block until no background work is left and the best plan runs; call it between steps."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            rest = None if deadline is None else deadline - time.monotonic()
+            if rest is not None and rest <= 0:
+                return False
+            idle = self._conductor.wait(0.2 if rest is None else min(0.2, rest))
+            if self._boundary_work:
+                self.apply_between_steps()
+            elif idle and not self.pending:
+                return True
+
+
+def _bodies(changes: Sequence[Change]) -> str:
+    names = ", ".join(repr(change.seed.name) for change in changes)
+    return f"the body at site {names} has" if len(changes) == 1 else f"the bodies at sites {names} have"

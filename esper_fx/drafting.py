@@ -1,0 +1,94 @@
+"""Divide a model into scopes, and draft the spliced graph of each."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from functools import partial
+
+from torch import nn
+
+from esper_fx.branch import NAMESPACE, mangled
+from esper_fx.passes.check import check
+from esper_fx.passes.find_sites import Sites, chosen, find_sites
+from esper_fx.passes.find_sources import find_sources
+from esper_fx.passes.pipeline import Draft, PassRecord, Pipeline
+from esper_fx.passes.splice import splice
+from esper_fx.passes.trace import TraceError, trace
+
+logger = logging.getLogger(__name__)
+
+_ALPHA = f"{NAMESPACE}.state.alpha"
+_GATE = f"{NAMESPACE}.state.gate"
+
+
+class Scoping:
+    """Divides a model into scopes: the largest modules that can be traced, and single modules that stay Python.
+
+    Attributes:
+        drafts: The scopes by path. One that stays Python has no graph, and its own path as its only site.
+        records: What the passes did.
+        reasons: Why a module could not be traced, by path.
+    """
+
+    def __init__(self, root: nn.Module, sites: Sites) -> None:
+        self.drafts: dict[str, Draft] = {}
+        self.records: list[PassRecord] = []
+        self.reasons: dict[str, str] = {}
+        self._sites = sites
+        self._modules = dict(root.named_modules())
+        self._names = {id(module): name for name, module in self._modules.items()}
+        self._chosen = chosen(sites, self._modules)
+        self._seen: set[int] = set()
+        self._divide(root, "")
+
+    def _divide(self, module: nn.Module, path: str) -> None:
+        if id(module) in self._seen or self._names.get(id(module)) != path:
+            return  # it is called by another name as well, and was looked at under that
+        self._seen.add(id(module))
+        draft = Draft(module)
+        try:
+            self.records += morph_pipeline(self._sites, self._modules, path).run(draft)
+        except TraceError as error:
+            logger.info("%s stays plain Python: %s", path or "the model's own forward", error)
+            self.reasons[path] = str(error)
+            if path in self._chosen and type(module).forward is not nn.Module.forward:
+                self.drafts[path] = Draft(module, sites={path: []})
+            self._divide_children(module, path)
+        else:
+            self.drafts[path] = draft
+            assert draft.graph is not None
+            for node in draft.graph.nodes:
+                if node.op == "call_module" and node.target not in draft.seeds.values():
+                    self._open(join(path, str(node.target)))
+
+    def _divide_children(self, module: nn.Module, path: str) -> None:
+        for name, child in module.named_children():
+            self._divide(child, join(path, name))
+
+    def _open(self, leaf: str) -> None:
+        """Look into a module that a graph calls as a whole, if a site was asked for in there."""
+        if any(name.startswith(f"{leaf}.") for name in self._chosen):
+            self._divide_children(self._modules[leaf], leaf)
+
+
+def morph_pipeline(sites: Sites, modules: Mapping[str, nn.Module], scope: str = "") -> Pipeline:
+    """The passes that make a morphed graph, in order; ``check`` runs after each."""
+    return Pipeline(
+        [
+            ("trace", trace),
+            ("find_sites", partial(find_sites, sites=sites, modules=modules, scope=scope)),
+            ("find_sources", partial(find_sources, modules=modules, scope=scope)),
+            ("splice", partial(splice, target=_seed_target, alpha=_ALPHA, gate=_GATE)),
+        ],
+        check,
+    )
+
+
+def join(path: str, name: str) -> str:
+    """The qualified name of what is called ``name`` in ``path``."""
+    return ".".join(part for part in (path, name) if part)
+
+
+def _seed_target(site: str) -> str:
+    return f"{NAMESPACE}.seeds.{mangled(site)}"

@@ -1,0 +1,84 @@
+"""Call a copy of a model to learn what flows through it, without a trace left in the model."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from esper_fx._torch import FakeTensorMode, pytree, quiet_fakes
+from esper_fx.errors import MorphError, SiteError
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+Inputs = Sequence[Any] | Mapping[str, Any]
+
+
+def rehearse(
+    net: nn.Module, example_inputs: Inputs, watch: Callable[[nn.Module, Callable[[], Any]], Result], name: str
+) -> Result:
+    """Call a copy of ``net`` once, in the mode it is in, and return what ``watch(copy, call)`` makes of it.
+
+    The copy has fake tensors, so that nothing is computed. Where that does not work, because what the model does depends
+    on values, it is called for real: without gradients, with buffers and a random state of its own.
+
+    Args:
+        net: The model.
+        example_inputs: A tuple of arguments, or a dict of keyword arguments.
+        watch: Must call ``call`` once.
+        name: What to call the model in messages.
+
+    Raises:
+        MorphError: The inputs do not fit the model.
+    """
+    if isinstance(example_inputs, Tensor):
+        raise MorphError("example_inputs must be a tuple of arguments, such as (x,), not one tensor")
+    lazy = [key for key, value in net.named_parameters() if nn.parameter.is_lazy(value)]
+    if lazy:
+        raise MorphError(
+            f"{name} has parameters without a shape yet ({', '.join(lazy[:3])}): call the model once before morph(), or "
+            "leave example_inputs out"
+        )
+    try:
+        return _on_fakes(net, example_inputs, watch)
+    except SiteError:
+        raise
+    except Exception as error:
+        logger.info("%s cannot run on fake tensors, so it is called for real: %s", name, error)
+    try:
+        return _for_real(net, example_inputs, watch)
+    except SiteError:
+        raise
+    except Exception as error:
+        raise MorphError(f"example_inputs do not fit {name}: {type(error).__name__}: {error}") from error
+
+
+def _on_fakes(net: nn.Module, inputs: Inputs, watch: Callable[[nn.Module, Callable[[], Any]], Result]) -> Result:
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    own = dict.fromkeys((*net.parameters(), *net.buffers(), *_loose_tensors(net)))
+    copied = copy.deepcopy(net, {id(tensor): mode.from_tensor(tensor) for tensor in own})
+    fakes = pytree.tree_map_only(Tensor, mode.from_tensor, inputs)
+    with quiet_fakes(), mode, torch.no_grad():
+        return watch(copied, lambda: _call(copied, fakes))
+
+
+def _for_real(net: nn.Module, inputs: Inputs, watch: Callable[[nn.Module, Callable[[], Any]], Result]) -> Result:
+    copied = copy.deepcopy(net, {id(parameter): parameter for parameter in net.parameters()})
+    values = pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), inputs)
+    devices = sorted({t.device.index or 0 for t in net.parameters() if t.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices), torch.no_grad():
+        return watch(copied, lambda: _call(copied, values))
+
+
+def _loose_tensors(net: nn.Module) -> list[Tensor]:
+    """Tensors that are plain attributes of modules: a copy on fake tensors must not write into them."""
+    return [value for module in net.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+
+
+def _call(net: nn.Module, inputs: Inputs) -> Any:
+    return net(**inputs) if isinstance(inputs, Mapping) else net(*inputs)
