@@ -21,7 +21,9 @@ def adopt(scope: str, draft: Draft, branch: Branch) -> fx.Graph:
     # Reachable by the graph's names, but not a submodule: that it is of the whole model, once.
     module.__dict__[NAMESPACE] = branch
     members = Original(type(module), scope, Swap.TRACED).members()
-    members["forward"] = type(fx.GraphModule(module, draft.graph)).forward
+    compiled = fx.GraphModule(nn.Module(), fx.Graph())
+    compiled.graph = draft.graph  # not given at once, or it would look up all that the graph calls
+    members["forward"] = type(compiled).forward
     base = type(module) if scope and not isinstance(module, fx.GraphModule) else plain_base(module)
     module.__class__ = type(f"Traced{type(module).__name__}", (base,), members)
     return draft.graph

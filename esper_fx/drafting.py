@@ -12,6 +12,7 @@ from esper_fx.branch import NAMESPACE, mangled
 from esper_fx.passes.check import check
 from esper_fx.passes.find_sites import Sites, chosen, find_sites
 from esper_fx.passes.find_sources import find_sources
+from esper_fx.passes.names import above, join
 from esper_fx.passes.pipeline import Draft, PassRecord, Pipeline
 from esper_fx.passes.splice import splice
 from esper_fx.passes.trace import TraceError, trace
@@ -39,6 +40,7 @@ class Scoping:
         self._modules = dict(root.named_modules())
         self._names = {id(module): name for name, module in self._modules.items()}
         self._chosen = chosen(sites, self._modules)
+        self._above_chosen = {outer for name in self._chosen for outer in above(name)}
         self._seen: set[int] = set()
         self._divide(root, "")
 
@@ -58,8 +60,9 @@ class Scoping:
         else:
             self.drafts[path] = draft
             assert draft.graph is not None
+            seeds = set(draft.seeds.values())
             for node in draft.graph.nodes:
-                if node.op == "call_module" and node.target not in draft.seeds.values():
+                if node.op == "call_module" and node.target not in seeds:
                     self._open(join(path, str(node.target)))
 
     def _divide_children(self, module: nn.Module, path: str) -> None:
@@ -68,7 +71,7 @@ class Scoping:
 
     def _open(self, leaf: str) -> None:
         """Look into a module that a graph calls as a whole, if a site was asked for in there."""
-        if any(name.startswith(f"{leaf}.") for name in self._chosen):
+        if leaf in self._above_chosen:
             self._divide_children(self._modules[leaf], leaf)
 
 
@@ -83,11 +86,6 @@ def morph_pipeline(sites: Sites, modules: Mapping[str, nn.Module], scope: str = 
         ],
         check,
     )
-
-
-def join(path: str, name: str) -> str:
-    """The qualified name of what is called ``name`` in ``path``."""
-    return ".".join(part for part in (path, name) if part)
 
 
 def _seed_target(site: str) -> str:

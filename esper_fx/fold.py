@@ -15,8 +15,9 @@ from esper_fx.feature_map import CONVOLUTIONS, TRANSPOSED, Layer, NotFoldable, a
 from esper_fx.lineage import SeedSnapshot
 from esper_fx.ops import reads_source
 from esper_fx.original import original_kind
+from esper_fx.passes.names import join
 from esper_fx.passes.trace import has_own_call
-from esper_fx.scopes import Scope, is_seed, join
+from esper_fx.scopes import Scope, is_seed
 
 HOSTS: tuple[type[nn.Module], ...] = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED)
 """Layers that a body can be folded into: exactly these, because a class that derives from one may compute otherwise."""

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from esper_fx._garbage import collecting_later
 from esper_fx.adoption import adopt, adopt_python, in_turn, plain_base
 from esper_fx.branch import NAMESPACE, Branch
 from esper_fx.checkpoint import watch_loading
-from esper_fx.drafting import Scoping, join
+from esper_fx.drafting import Scoping
 from esper_fx.errors import MorphError, SiteError
 from esper_fx.growth import Growth, Morphology
 from esper_fx.lifecycle import Ledger
@@ -21,6 +22,7 @@ from esper_fx.original import Footprint, Original, Swap, additions, footprint, o
 from esper_fx.passes.auto_sites import MAX_SITES, auto_sites
 from esper_fx.passes.find_sites import Sites, no_match_message
 from esper_fx.passes.flow import observe, of_graph
+from esper_fx.passes.names import join
 from esper_fx.passes.pipeline import Draft, PassRecord
 from esper_fx.passes.trace import TraceError, trace
 from esper_fx.passes.trace_report import TraceReport, class_names, trace_report
@@ -145,14 +147,42 @@ def morph(
         taken.append(ATTRIBUTE)
     if taken:
         raise MorphError(f"{type(net).__name__} has attributes of its own called {', '.join(taken)}; rename them first")
-    root = replica(net)
+    with collecting_later():
+        root = replica(net)
     if isinstance(sites, str) and sites == "auto":
         sites = _auto(root, example_inputs, max_sites)
+    with collecting_later():
+        model = _assemble(root, sites, seed)
+    if example_inputs is not None:
+        _learn_values(model, example_inputs)
+    return model
+
+
+wrap = morph
+
+_RESERVED = (
+    "growth",
+    "seeds",
+    "morphology",
+    "ledger",
+    "clock",
+    "pending",
+    "settle",
+    "stats",
+    "reset_stats",
+    "graphs",
+    "pass_records",
+    "trace_report",
+)
+
+
+def _assemble(root: nn.Module, sites: Sites, seed: int) -> MorphableModel:
+    """Make a replica a model that can grow; the arguments are those of `morph`."""
     classes = class_names(root)
     scoping = Scoping(root, sites)
     drafts = scoping.drafts
     if not drafts:
-        raise MorphError(f"no part of {type(net).__name__} can be traced: {_why_not(root)}")
+        raise MorphError(f"no part of {type(root).__name__} can be traced: {_why_not(root)}")
     before = footprint(root)
     names = [site for draft in drafts.values() for site in draft.sites]
     if not names:
@@ -164,7 +194,7 @@ def morph(
     modules = dict(root.named_modules())
     growth.by_index = [KasminaSeed(name, i, growth, modules.get(name)) for i, name in enumerate(names)]
     growth.seeds = {item.name: item for item in growth.by_index}
-    growth.state.to(next((t.device for t in (*net.parameters(), *net.buffers())), torch.device("cpu")))
+    growth.state.to(next((t.device for t in (*root.parameters(), *root.buffers())), torch.device("cpu")))
     branch = Branch(growth).train(root.training)
     for item in growth.by_index:
         item.train(modules.get(item.name, root).training)
@@ -187,27 +217,7 @@ def morph(
     watch_loading(model, branch)
     model._additions = {}
     model._additions = additions(model, before)
-    if example_inputs is not None:
-        _learn_values(model, example_inputs)
     return model
-
-
-wrap = morph
-
-_RESERVED = (
-    "growth",
-    "seeds",
-    "morphology",
-    "ledger",
-    "clock",
-    "pending",
-    "settle",
-    "stats",
-    "reset_stats",
-    "graphs",
-    "pass_records",
-    "trace_report",
-)
 
 
 def _before_eager_forward(model: nn.Module, args: Any) -> None:

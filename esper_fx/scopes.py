@@ -64,11 +64,6 @@ def is_seed(node: fx.Node) -> bool:
     return node.op == "call_module" and str(node.target).startswith(f"{NAMESPACE}.seeds.")
 
 
-def join(*parts: str) -> str:
-    """A qualified name; empty parts count for nothing."""
-    return ".".join(filter(None, parts))
-
-
 def _without(graph: fx.Graph, kept: set[str]) -> tuple[fx.Graph, dict[str, list[fx.Node]]]:
     """A copy of a spliced graph in which only the kept seeds are left, and these."""
     copied = fx.Graph()  # not a deep copy: that would carry on the class of our tracer

@@ -17,9 +17,10 @@ from esper_fx.lineage import ATTRIBUTE, SeedSnapshot, describe, snapshot
 from esper_fx.morph import MorphableModel
 from esper_fx.ops import reads_source
 from esper_fx.original import Swap, original_kind, take_back
+from esper_fx.passes.names import join
 from esper_fx.plain import add_residual_hook, become_graph_module, make_plain, residual, restore_class, set_attribute
 from esper_fx.replica import replica
-from esper_fx.scopes import Scope, join, scopes_of
+from esper_fx.scopes import Scope, scopes_of
 
 logger = logging.getLogger(__name__)
 

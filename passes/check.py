@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections import Counter, deque
 
 from torch import fx
 
 from esper_fx.errors import MorphError
+from esper_fx.passes.operations import operations
 from esper_fx.passes.pipeline import Draft
 
 
@@ -17,7 +18,7 @@ def check(draft: Draft) -> None:
     the two state arrays and its visit's source, if there is one; every site that was spliced has its seed on every visit;
     nothing but seeds and state arrays was added, and nothing was lost.
     """
-    if draft.graph is None or draft.original is None:
+    if draft.graph is None:
         return
     try:
         draft.graph.lint()
@@ -35,9 +36,14 @@ def check(draft: Draft) -> None:
         if node.op == "call_module" and node.target in seeds:
             _check_seed(node, seeds, sources.get(node.target, {}))
             arrays.update(str(array.target) for array in node.args[1:3])
+    nodes = set(draft.graph.nodes)
+    calls = Counter(node.target for node in nodes if node.op == "call_module" and node.target in seeds)
     for site, visits in draft.sites.items():
-        _check_site(draft, site, list(dict.fromkeys(visits)), seeds)
-    expected, actual = _canonical(draft.original, set(), set()), _canonical(draft.graph, seeds, arrays)
+        target = draft.seeds.get(site)
+        _check_visits(site, list(dict.fromkeys(visits)), nodes)
+        if target is not None:
+            _check_site(site, list(dict.fromkeys(visits)), target, calls[target], seeds)
+    expected, actual = draft.traced, operations(draft.graph, seeds=seeds, arrays=arrays)
     if expected != actual:
         index = next((i for i, (a, b) in enumerate(zip(expected, actual, strict=False)) if a != b), -1)
         detail = f"first difference: {expected[index]} became {actual[index]}" if index >= 0 else "their lengths differ"
@@ -51,8 +57,7 @@ def _check_sources(draft: Draft, seeds: set[str]) -> None:
         if len(sources) != len(visits):
             raise MorphError(f"site {site!r} has {len(visits)} visits but {len(sources)} sources")
         for visit, source in zip(visits, sources, strict=True):
-            read = visit.all_input_nodes[:1] if visit.op == "call_module" else _ancestors(visit)
-            if not any(_behind_seeds(node, seeds) is source for node in read):
+            if not _made_from(visit, source, seeds):
                 raise MorphError(
                     f"{source.name!r}, a source of site {site!r}, is not what {visit.name!r} was made from"
                 )
@@ -78,30 +83,33 @@ def _behind_seeds(node: fx.Node, seeds: set[str]) -> fx.Node:
     return node
 
 
-def _ancestors(node: fx.Node) -> set[fx.Node]:
-    """A node and all that it is computed from."""
-    seen: set[fx.Node] = set()
-    waiting = [node]
+def _made_from(value: fx.Node, source: fx.Node, seeds: set[str]) -> bool:
+    """Whether a module's output was computed from a source: by a leaf from its first input, else the nearest first."""
+    if value.op == "call_module":
+        return any(_behind_seeds(node, seeds) is source for node in value.all_input_nodes[:1])
+    seen = {value}
+    waiting = deque([value])
     while waiting:
-        following = waiting.pop()
-        if following not in seen:
-            seen.add(following)
-            waiting += following.all_input_nodes
-    return seen
+        node = waiting.popleft()
+        if node is source:
+            return True
+        new = [following for following in node.all_input_nodes if following not in seen]
+        seen.update(new)
+        waiting += new
+    return False
 
 
-def _check_site(draft: Draft, site: str, visits: list[fx.Node], seeds: set[str]) -> None:
-    """Every visit is a value of the graph, and its site's seed, once, stands between it and all who use it."""
-    assert draft.graph is not None
+def _check_visits(site: str, visits: list[fx.Node], nodes: set[fx.Node]) -> None:
+    """Every visit is a value of the graph."""
     for value in visits:
-        if value.graph is not draft.graph or value not in draft.graph.nodes:
+        if value not in nodes:
             raise MorphError(f"site {site!r} names {value.name!r}, which is not a node of the graph")
-    if site not in draft.seeds:
-        return
-    target = draft.seeds[site]
-    spliced = sum(node.op == "call_module" and node.target == target for node in draft.graph.nodes)
-    if spliced != len(visits):
-        raise MorphError(f"site {site!r} is visited {len(visits)} times but its seed is called {spliced} times")
+
+
+def _check_site(site: str, visits: list[fx.Node], target: str, calls: int, seeds: set[str]) -> None:
+    """The site's seed, once, stands between every visit and all who use it."""
+    if calls != len(visits):
+        raise MorphError(f"site {site!r} is visited {len(visits)} times but its seed is called {calls} times")
     for value in visits:
         found = False
         node = value
@@ -117,19 +125,3 @@ def _check_site(draft: Draft, site: str, visits: list[fx.Node], seeds: set[str])
 
 def _follows(user: fx.Node, node: fx.Node, seeds: set[str]) -> bool:
     return user.target in seeds and user.args[0] is node
-
-
-def _canonical(graph: fx.Graph, seeds: set[str], arrays: set[str]) -> list[tuple[Any, ...]]:
-    """The graph as a list of operations over positions, with seeds bypassed and the state arrays left out."""
-    position: dict[fx.Node, int] = {}
-    rows: list[tuple[Any, ...]] = []
-    for node in graph.nodes:
-        if node.op == "call_module" and node.target in seeds:
-            position[node] = position[node.args[0]]
-            continue
-        if node.op == "get_attr" and node.target in arrays:
-            continue
-        args = fx.map_arg((node.args, node.kwargs), lambda n: ("value", position.get(n, -1)))
-        rows.append((node.op, node.target, repr(args)))
-        position[node] = len(rows) - 1
-    return rows

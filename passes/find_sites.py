@@ -5,11 +5,13 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
 from typing import Any
 
 from torch import fx, nn
 
 from esper_fx.errors import SiteError
+from esper_fx.passes.names import join
 from esper_fx.passes.pipeline import Draft
 
 Selector = str | re.Pattern[str] | type[nn.Module]
@@ -18,9 +20,14 @@ Sites = Selector | Callable[[fx.Node], bool] | Iterable[Selector]
 
 def glob_matches(pattern: str, name: str) -> bool:
     """Match a dotted name: ``*`` and ``?`` stay within one level, ``**`` crosses levels."""
-    parts = re.split(r"(\*\*|\*|\?)", pattern)
+    return _expression(pattern).fullmatch(name) is not None
+
+
+@lru_cache
+def _expression(glob: str) -> re.Pattern[str]:
+    parts = re.split(r"(\*\*|\*|\?)", glob)
     wildcard = {"**": ".*", "*": "[^.]*", "?": "[^.]"}
-    return re.fullmatch("".join(wildcard.get(part, re.escape(part)) for part in parts), name) is not None
+    return re.compile("".join(wildcard.get(part, re.escape(part)) for part in parts))
 
 
 def find_sites(draft: Draft, *, sites: Sites, modules: Mapping[str, nn.Module], scope: str = "") -> bool:
@@ -47,11 +54,11 @@ def find_sites(draft: Draft, *, sites: Sites, modules: Mapping[str, nn.Module], 
                 continue  # a seed that was spliced in before is no site
             if sites(node):
                 named[_node_site_name(node, draft, named)] = node
-        found = {_join(scope, name): [node] for name, node in named.items()}
+        found = {join(scope, name): [node] for name, node in named.items()}
     else:
         patterns = _patterns(sites)
         for local, visits in draft.outputs.items():
-            name = _join(scope, local)
+            name = join(scope, local)
             if name and selects(patterns, name, modules.get(name)):
                 found[name] = [_visit_node(name, value) for value in visits]
     changed = found != draft.sites
@@ -113,7 +120,3 @@ def _node_site_name(node: fx.Node, draft: Draft, taken: Iterable[str]) -> str:
     while name in taken:
         name += "_"
     return name
-
-
-def _join(scope: str, name: str) -> str:
-    return ".".join(part for part in (scope, name) if part)

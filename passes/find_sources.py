@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from torch import fx, nn
 
+from esper_fx.passes.names import within
 from esper_fx.passes.pipeline import Draft
 from esper_fx.site import is_linear_kind
 
@@ -22,7 +23,7 @@ def find_sources(draft: Draft, *, modules: Mapping[str, nn.Module], scope: str =
     """
     found: dict[str, list[fx.Node]] = {}
     for site, visits in draft.sites.items():
-        local = site.removeprefix(scope).removeprefix(".")
+        local = within(site, scope)
         # A node that a predicate has chosen may be called like a module whose output it is not.
         if is_linear_kind(modules.get(site)) and draft.outputs.get(local) == visits:
             sources = [node for node in draft.inputs.get(local, ()) if node is not None]

@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import fx, nn
 
+from esper_fx.passes.operations import Operations
+
 logger = logging.getLogger(__name__)
 
 
@@ -23,7 +25,7 @@ class Draft:
         outputs: For each module called inside the graph, by qualified name, what its calls returned, in order of the calls;
             under the empty name what the whole graph returns.
         inputs: For each of these calls the first value it was given, None where that is no node.
-        original: The graph as traced, before any pass changed it; what ``check`` compares with.
+        traced: What the graph computed as traced, before any pass changed it; what ``check`` compares with.
         sites: Site name to the nodes a seed follows, one node per visit; filled by ``find_sites``.
         sources: Site name to the inputs of its module, one node per visit, where a body may read them; filled by
             ``find_sources``.
@@ -34,7 +36,7 @@ class Draft:
     graph: fx.Graph | None = None
     outputs: dict[str, list[Any]] = field(default_factory=dict)
     inputs: dict[str, list[fx.Node | None]] = field(default_factory=dict)
-    original: fx.Graph | None = None
+    traced: Operations = ()
     sites: dict[str, list[fx.Node]] = field(default_factory=dict)
     sources: dict[str, list[fx.Node]] = field(default_factory=dict)
     seeds: dict[str, str] = field(default_factory=dict)

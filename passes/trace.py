@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from esper_fx.errors import MorphError
 from esper_fx.passes.hazards import hazard
+from esper_fx.passes.operations import operations
 from esper_fx.passes.pipeline import Draft
 
 
@@ -55,7 +56,7 @@ def has_own_call(module: nn.Module) -> bool:
 
 
 def trace(draft: Draft) -> bool:
-    """Trace ``draft.root`` and fill ``graph``, ``original``, ``outputs`` and ``inputs``.
+    """Trace ``draft.root`` and fill ``graph``, ``traced``, ``outputs`` and ``inputs``.
 
     Raises:
         TraceError: The forward cannot be traced symbolically, or its graph would not compute the same for every call; the
@@ -71,19 +72,15 @@ def trace(draft: Draft) -> bool:
     optional = _optional(draft.root)
     if optional:
         without = _trace(SiteTracer(absent=optional), draft.root)
-        if _rows(without, optional) != _rows(graph, optional):
+        if operations(without, absent=optional) != operations(graph, absent=optional):
             names = " and ".join(optional)
             raise TraceError(f"{kind}.forward does different things where {names} is None, which a graph would freeze")
     draft.graph = graph
-    draft.original = fx.Graph()
-    mapping: dict[fx.Node, fx.Node] = {}
-    result = draft.original.graph_copy(graph, mapping)
-    output = next(iter(reversed(graph.nodes)))
-    draft.original.output(result, type_expr=output.type)
+    draft.traced = operations(graph)
     draft.outputs = {
         name: [fx.node.map_aggregate(value, _node_of) for value in values] for name, values in tracer.outputs.items()
     }
-    draft.outputs[""] = [output.args[0]]
+    draft.outputs[""] = [next(iter(reversed(graph.nodes))).args[0]]
     draft.inputs = {
         name: [value.node if isinstance(value, fx.Proxy) else None for value in values]
         for name, values in tracer.inputs.items()
@@ -108,16 +105,6 @@ def _optional(root: nn.Module) -> list[str]:
     """Parameters of the forward that may be left out, and are None then."""
     parameters = inspect.signature(root.forward).parameters.values()
     return [parameter.name for parameter in parameters if parameter.default is None]
-
-
-def _rows(graph: fx.Graph, absent: Collection[str]) -> list[Any]:
-    """The graph's operations over positions, with some placeholders read as None."""
-    position: dict[fx.Node, Any] = {}
-    rows: list[Any] = []
-    for node in graph.nodes:
-        rows.append((node.op, node.target, repr(fx.map_arg((node.args, node.kwargs), lambda n: position[n]))))
-        position[node] = None if node.op == "placeholder" and node.target in absent else ("value", len(rows))
-    return rows
 
 
 def _name(value: Any) -> str:

@@ -9,6 +9,7 @@ from enum import StrEnum
 from torch import nn
 
 from esper_fx.passes.hazards import hazard
+from esper_fx.passes.names import above, under, within
 from esper_fx.passes.pipeline import Draft
 from esper_fx.passes.trace import has_own_call
 
@@ -64,37 +65,54 @@ def trace_report(
         reasons: Why a module could not be traced, by its qualified name.
     """
     entries: dict[str, TracedModule] = {}
+    calls = {scope: _Calls.of(draft) for scope, draft in drafts.items()}
     scope: str | None = None
     for name, module in root.named_modules():
         if name not in classes:  # morphing has added it
             continue
         if name in drafts:
             scope = name
-        elif scope is not None and not _under(name, scope):
+        elif scope is not None and not under(name, scope):
             scope = None
         if name in reasons:
             how, why = How.PYTHON, reasons[name]
         elif scope is None:
             how, why = How.UNUSED, "nothing in it has a forward that could be traced"
         else:
-            how, why = _in_draft(name, scope, module, drafts[scope], entries)
+            parent = entries.get(name.rpartition(".")[0]) if name != scope else None
+            if parent is not None and parent.how in (How.LEAF, How.INSIDE):
+                how, why = How.INSIDE, ""
+            else:
+                how, why = calls[scope].of_module(within(name, scope), module)
         entries[name] = TracedModule(name, classes[name], how, why)
     return TraceReport(entries.values())
 
 
-def _in_draft(
-    name: str, scope: str, module: nn.Module, draft: Draft, entries: Mapping[str, TracedModule]
-) -> tuple[How, str]:
-    parent = entries.get(name.rpartition(".")[0]) if name != scope else None
-    if parent is not None and parent.how in (How.LEAF, How.INSIDE):
-        return How.INSIDE, ""
-    local = name.removeprefix(scope).removeprefix(".")
-    assert draft.original is not None
-    if any(node.op == "call_module" and node.target == local for node in draft.original.nodes):
-        return How.LEAF, _why_leaf(module)
-    if any(called == local or _under(called, local) for called in draft.outputs if called or not local):
-        return How.TRACED, ""
-    return How.UNUSED, "the traced forward does not call it"
+@dataclass(frozen=True)
+class _Calls:
+    """What a traced forward calls, by names within its scope.
+
+    Attributes:
+        leaves: The modules called as a whole.
+        traced: The modules that were called, and those that they are in.
+    """
+
+    leaves: frozenset[str]
+    traced: frozenset[str]
+
+    @classmethod
+    def of(cls, draft: Draft) -> _Calls:
+        seeds = set(draft.seeds.values())
+        nodes = draft.graph.nodes if draft.graph is not None else ()
+        leaves = {str(node.target) for node in nodes if node.op == "call_module"} - seeds
+        return cls(frozenset(leaves), frozenset({"", *draft.outputs}.union(*map(above, draft.outputs))))
+
+    def of_module(self, name: str, module: nn.Module) -> tuple[How, str]:
+        if name in self.leaves:
+            return How.LEAF, _why_leaf(module)
+        if name in self.traced:
+            return How.TRACED, ""
+        return How.UNUSED, "the traced forward does not call it"
 
 
 def _why_leaf(module: nn.Module) -> str:
@@ -102,10 +120,6 @@ def _why_leaf(module: nn.Module) -> str:
         return "it has hooks, which would run while tracing instead of at every call"
     why = hazard(module) if not type(module).__module__.startswith("torch.nn") else None
     return "a layer of a library" if why is None else f"its forward {why}"
-
-
-def _under(name: str, scope: str) -> bool:
-    return not scope or name == scope or name.startswith(f"{scope}.")
 
 
 def class_names(root: nn.Module) -> dict[str, str]:

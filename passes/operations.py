@@ -1,0 +1,40 @@
+"""A graph as a list of operations over positions: what it computes, whatever its nodes are called."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from torch import fx
+
+Operations = tuple[tuple[Any, ...], ...]
+"""One entry a node: kind, target, and arguments as text, in which a node is the position of its operation."""
+
+
+def operations(
+    graph: fx.Graph,
+    *,
+    seeds: Collection[str] = (),
+    arrays: Collection[str] = (),
+    absent: Collection[str] = (),
+) -> Operations:
+    """What a graph computes, to be compared with what another one does.
+
+    Args:
+        graph: The graph, of modules and functions.
+        seeds: Targets of seeds: they are bypassed.
+        arrays: Targets of state arrays that are left out.
+        absent: Placeholders that are read as None.
+    """
+    position: dict[fx.Node, Any] = {}
+    rows: list[tuple[Any, ...]] = []
+    for node in graph.nodes:
+        if node.op == "call_module" and node.target in seeds:
+            position[node] = position[node.args[0]]
+            continue
+        if node.op == "get_attr" and node.target in arrays:
+            continue
+        args = fx.map_arg((node.args, node.kwargs), lambda n: position.get(n, ("value", -1)))
+        position[node] = None if node.op == "placeholder" and node.target in absent else ("value", len(rows))
+        rows.append((node.op, node.target, repr(args)))
+    return tuple(rows)
