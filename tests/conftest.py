@@ -66,11 +66,14 @@ def _session_settings(kernel_folder: Path) -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """For tests of many small training steps: threads that wait for each other on a busy machine make those slow."""
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tests that compile nothing compute next to nothing: threads that wait for each other would only make them slow."""
     import torch
 
+    if not {"fast", "property"} & set(request.path.relative_to(TESTS).parts):
+        yield
+        return
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -48,7 +48,7 @@ def _renamings(modules: Sequence[str], model: Collection[str]) -> Iterator[dict[
         if all(module.startswith(prefix) for module in modules):
             yield {module: module.removeprefix(prefix) for module in modules}
     prefixes = (name.removesuffix(module) for module in modules for name in model if name.endswith(f".{module}"))
-    for prefix in dict.fromkeys(prefixes):
+    for prefix in sorted(set(prefixes)):
         yield {module: prefix + module for module in modules}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,16 +17,6 @@ from torch import Tensor, nn
 from esper_fx import blueprints
 from esper_fx.errors import BlueprintError
 from esper_fx.site import SiteSpec
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """These tensors are tiny: threads that wait for each other would take most of the time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Arrays = dict[str, Array]

@@ -19,8 +19,6 @@ from esper_fx.lifecycle import Stage
 from tests.support.checkpoints import MANIFEST, checkpoint_of, computed, grown, grown_otherwise
 from tests.support.training import Training, assert_same, copied, growth_of, new_model
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def safetensors_of(model: nn.Module) -> dict[str, Any]:
     return safetensors.torch.load(safetensors.torch.save(model.state_dict()))

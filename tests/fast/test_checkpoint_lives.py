@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,8 +11,6 @@ from hypothesis import strategies as st
 import esper_fx
 from tests.support.examples import examples
 from tests.support.training import KINDS, OPTIMIZERS, SITES, Training, assert_same, carried
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 sites = st.sampled_from(SITES)
 actions = st.one_of(

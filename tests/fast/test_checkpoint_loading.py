@@ -18,8 +18,6 @@ from esper_fx.errors import CheckpointError
 from tests.support.checkpoints import MANIFEST, checkpoint_of, computed, grown, grown_otherwise, identities
 from tests.support.training import Net, assert_same, carried, copied, growth_of, new_model
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def test_not_strict_loads_what_is_there() -> None:
     run, other = grown(), grown_otherwise()

@@ -13,8 +13,6 @@ import esper_fx
 from esper_fx.errors import OptimizerError
 from tests.support.training import OPTIMIZERS, Net, Training, assert_same, carried, copied, new_model
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 LIFE = [
     ("train", 1),
     ("germinate", "c", ("affine", {})),

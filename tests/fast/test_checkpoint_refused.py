@@ -17,8 +17,6 @@ from esper_fx.errors import CheckpointError
 from tests.support.checkpoints import checkpoint_of, grown, grown_otherwise, identities, refused
 from tests.support.training import Net, Training, assert_same, carried, copied, growth_of
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 # An old checkpoint of the bare network.
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -25,15 +23,6 @@ from tests.support.programs import Host, Instruction, instructions
 NAMES = st.integers(0, 2**32).map(
     lambda seed: [f"{chr(97 + (seed + n) % 26)}{(seed + 1) * (n + 7) % 9973}" for n in range(40)]
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """These tensors are tiny: threads that wait for each other would take most of the time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @cache

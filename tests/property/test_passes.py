@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -26,15 +25,6 @@ from tests.support import programs
 from tests.support.examples import property_examples
 from tests.support.networks import Description, assert_same, descriptions, possible_sites, run
 from tests.support.programs import Instruction, instructions
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """These tensors are tiny: threads that wait for each other would take most of the time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def _all_but_reads(node: fx.Node) -> bool:
