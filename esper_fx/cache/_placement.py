@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import threading
 import time
@@ -10,8 +11,10 @@ from collections.abc import Iterator
 
 from esper_fx.cache._background import register_after_fork, yielding
 
-#: Seconds between two looks at who is busy.
-LOOK_S = 0.15
+# Seconds between two looks at who is busy, and from the beginning of a job to the first of them.
+_LOOK_S, _FIRST_LOOK_S = 0.15, 0.05
+# Threads keep their places so long after they were last seen to keep all processors busy: a look may fall on a pause.
+_PATIENCE_S = 1.0
 # A thread is busy if it has used this share of a processor since the last look.
 _BUSY = 0.2
 
@@ -23,8 +26,8 @@ class Placement:
     on one processor for a while, and steps take two to three times as long. So while there is a worker at work, and the
     numeric library's own threads and a Python thread keep all processors busy, each of the former gets a processor to
     itself and the worker shares the last one. The Python thread is left alone: threads and processes that it starts
-    would inherit its place. Threads that somebody else has placed are left alone too. Does nothing where there is no
-    Linux.
+    would inherit its place. Threads that somebody else has placed are left alone too. A job that follows another one
+    begins with the places of that. Does nothing where there is no Linux.
     """
 
     def __init__(self) -> None:
@@ -37,51 +40,73 @@ class Placement:
         self._seen: dict[int, float] = {}
         self._seen_at = 0.0
         self._placed: list[int] = []
+        self._contested_at = -math.inf
+        self._former: list[int] = []
 
     @contextlib.contextmanager
     def beside(self, worker: int) -> Iterator[None]:
         """Inside, a worker process (its pid) is at work; call ``look`` every now and then."""
-        with self._lock:
+        with self._lock, contextlib.suppress(OSError):
             self._workers.append(worker)
+            now = time.monotonic()
+            if not self._placed:
+                self._seen, self._seen_at = _processor_seconds(), now
+                if now < self._contested_at + _PATIENCE_S:
+                    self._place([t for t in self._former if t in self._seen])
+            else:
+                self._place_workers()
         try:
             yield
         finally:
             with self._lock:
-                self._workers.remove(worker)
                 self._release([worker])
+                self._workers.remove(worker)
                 if not self._workers:
                     self._release_threads()
-                    self._seen = {}
 
-    def look(self) -> None:
-        """See who is busy, and place threads and workers accordingly. Takes less than a millisecond."""
+    def look(self) -> float:
+        """See who is busy, and place threads and workers accordingly. Takes less than a millisecond.
+
+        Returns:
+            Seconds after which to look again.
+        """
         with self._lock, yielding, contextlib.suppress(OSError):
             processors = _processors(os.getpid())
             now, times = time.monotonic(), _processor_seconds()
             elapsed = now - self._seen_at
-            if elapsed < LOOK_S / 2 or not self._workers or len(processors) < 2:
-                return
+            if elapsed < _FIRST_LOOK_S / 2 or not self._workers or len(processors) < 2:
+                return _FIRST_LOOK_S
             busy = [t for t in times if t in self._seen and times[t] - self._seen[t] >= _BUSY * elapsed]
-            first = not self._seen
             self._seen, self._seen_at = times, now
-            if first:
-                return
             python = {thread.native_id for thread in threading.enumerate()}
             native = [t for t in busy if t not in python]
             contested = len(native) == len(processors) - 1 < len(busy)
-            if self._placed and not (contested and native == self._placed):
+            if contested and native == self._placed:
+                self._contested_at = now
+            elif self._placed and (set(native) - set(self._placed) or now >= self._contested_at + _PATIENCE_S):
                 self._release(self._workers)
                 self._release_threads()
-            elif contested and not self._placed and all(_processors(t) == processors for t in native):
-                for thread, processor in zip(native, processors[1:], strict=True):
-                    os.sched_setaffinity(thread, {processor})
-                self._placed = native
-                for number, worker in enumerate(self._workers):
-                    _place_process(worker, {processors[-1 - number % (len(processors) - 1)]})
+            elif contested and not self._placed:
+                self._contested_at = now
+                self._place(native)
+        return _LOOK_S
 
     def after_fork_in_child(self) -> None:
         """Forgets the threads, which stayed in the parent."""
         self._reset()
+
+    def _place(self, native: list[int]) -> None:
+        processors = _processors(os.getpid())
+        if len(native) == len(processors) - 1 > 0 and all(_processors(t) == processors for t in native):
+            for thread, processor in zip(native, processors[1:], strict=True):
+                os.sched_setaffinity(thread, {processor})
+            self._placed = self._former = native
+            self._place_workers()
+
+    def _place_workers(self) -> None:
+        processors = _processors(os.getpid())
+        for number, worker in enumerate(self._workers):
+            _place_process(worker, {processors[-1 - number % (len(processors) - 1)]})
 
     def _release_threads(self) -> None:
         for thread in self._placed:

@@ -17,7 +17,7 @@ from typing import Any
 
 from esper_fx.cache import worker
 from esper_fx.cache._background import register_after_fork
-from esper_fx.cache._placement import LOOK_S, placement
+from esper_fx.cache._placement import placement
 
 _LOG_TAIL_BYTES = 2000
 
@@ -173,11 +173,12 @@ class WorkerProcess:
     def _wait(self, descriptor: int, event: int, deadline: float | None) -> None:
         poll = select.poll()
         poll.register(descriptor, event)
+        look_s = placement.look()
         while True:
-            remaining = LOOK_S if deadline is None else min(LOOK_S, deadline - time.monotonic())
+            remaining = look_s if deadline is None else min(look_s, deadline - time.monotonic())
             if poll.poll(max(0.0, remaining) * 1e3):
                 return
-            placement.look()
+            look_s = placement.look()
             # Should a child of the worker hold its pipe open, the end of the worker does not show there.
             if self._process.poll() is not None:
                 raise self._died()

@@ -48,10 +48,11 @@ class Clock:
         monkeypatch.setattr(_placement, "_processors", lambda thread: sorted(self.places.get(thread, {0, 1})))
         monkeypatch.setattr(_placement.os, "sched_setaffinity", self.places.__setitem__)
 
-    def pass_by(self, python: float, native: float) -> None:
-        """One second in which the two threads run for these shares of it."""
-        self.now += 1.0
-        self.ran = {self.python: self.ran[self.python] + python, self.native: self.ran[self.native] + native}
+    def pass_by(self, python: float, native: float, seconds: float = 1.0) -> None:
+        """Time in which the two threads run for these shares of it."""
+        self.now += seconds
+        ran = {self.python: python * seconds, self.native: native * seconds}
+        self.ran = {thread: self.ran[thread] + more for thread, more in ran.items()}
 
 
 @pytest.fixture
@@ -64,8 +65,6 @@ def test_a_busy_native_thread_and_the_worker_share_the_last_processor_until_the_
 ) -> None:
     placement = Placement()
     with placement.beside(worker):
-        placement.look()
-        assert clock.places == {}
         clock.pass_by(python=0.9, native=0.9)
         placement.look()
         (child,) = children(worker)
@@ -81,15 +80,14 @@ def test_nothing_is_placed_while_a_processor_is_free(clock: Clock, worker: int, 
     placement = Placement()
     with placement.beside(worker):
         for _ in range(3):
-            placement.look()
             clock.pass_by(python, native)
+            placement.look()
         assert clock.places == {}
 
 
 def test_places_are_given_back_when_training_stops(clock: Clock, worker: int) -> None:
     placement = Placement()
     with placement.beside(worker):
-        placement.look()
         clock.pass_by(python=0.9, native=0.9)
         placement.look()
         clock.pass_by(python=0.0, native=0.0)
@@ -97,11 +95,45 @@ def test_places_are_given_back_when_training_stops(clock: Clock, worker: int) ->
         assert clock.places[clock.native] == clock.places[worker] == {0, 1}
 
 
+def test_a_short_pause_changes_nothing(clock: Clock, worker: int) -> None:
+    placement = Placement()
+    with placement.beside(worker):
+        clock.pass_by(python=0.9, native=0.9)
+        placement.look()
+        clock.pass_by(python=0.0, native=0.0, seconds=0.9)
+        placement.look()
+        assert clock.places[clock.native] == clock.places[worker] == {1}
+
+
+def test_a_job_begins_with_the_places_of_the_one_before_it(clock: Clock, worker: int) -> None:
+    placement = Placement()
+    with placement.beside(worker):
+        clock.pass_by(python=0.9, native=0.9)
+        placement.look()
+    assert clock.places[clock.native] == clock.places[worker] == {0, 1}
+    clock.pass_by(python=0.9, native=0.9, seconds=0.5)
+    with placement.beside(worker):
+        assert clock.places[clock.native] == clock.places[worker] == {1}
+    clock.pass_by(python=0.9, native=0.9)
+    with placement.beside(worker):
+        assert clock.places[clock.native] == clock.places[worker] == {0, 1}
+
+
+def test_a_worker_that_joins_another_is_placed_at_once(clock: Clock, worker: int) -> None:
+    placement = Placement()
+    with placement.beside(worker):
+        clock.pass_by(python=0.9, native=0.9)
+        placement.look()
+        (child,) = children(worker)
+        with placement.beside(child):
+            assert clock.places[child] == {1}
+        assert clock.places[clock.native] == clock.places[worker] == {1}
+
+
 def test_a_thread_that_somebody_else_has_placed_is_left_alone(clock: Clock, worker: int) -> None:
     clock.places[clock.native] = {0}
     placement = Placement()
     with placement.beside(worker):
-        placement.look()
         clock.pass_by(python=0.9, native=0.9)
         placement.look()
     assert clock.places[clock.native] == {0}
