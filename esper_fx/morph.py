@@ -14,6 +14,7 @@ from esper_fx.branch import NAMESPACE, Branch
 from esper_fx.checkpoint import watch_loading
 from esper_fx.drafting import Scoping, join
 from esper_fx.errors import MorphError, SiteError
+from esper_fx.feature_dim import FeatureDim, feature_dims
 from esper_fx.growth import Growth, Morphology
 from esper_fx.lifecycle import Ledger
 from esper_fx.lineage import ATTRIBUTE, is_lineage
@@ -114,6 +115,7 @@ def morph(
     *,
     example_inputs: Inputs | None = None,
     max_sites: int = MAX_SITES,
+    feature_dim: FeatureDim = None,
     seed: int = 0,
 ) -> MorphableModel:
     """Return a model that computes what ``net`` computes and can grow at ``sites``.
@@ -130,11 +132,15 @@ def morph(
             computation is done, unless what the model does depends on values. Without them a site is known after the first
             call.
         max_sites: The most sites that ``"auto"`` chooses.
+        feature_dim: Which dimension of a site's value holds features, negative counted from the end: one for all sites, or
+            a mapping from names or globs of sites. Without it that is guessed: 1 after convolutions and what goes with
+            them and for values with over 3 dimensions, else the last one; the last one after linear layers, LayerNorm,
+            embeddings and attention.
         seed: Where the initial values of grown modules come from, together with site and number of germination.
 
     Raises:
         MorphError: ``net`` is morphed already, nothing in it can be traced, or ``example_inputs`` do not fit it.
-        SiteError: No site was found, or a site's value is not one floating tensor.
+        SiteError: No site was found, a site's value is not one floating tensor, or ``feature_dim`` does not fit it.
     """
     if not isinstance(net, nn.Module):
         raise MorphError(f"morph() needs an nn.Module, not a {type(net).__name__}")
@@ -159,10 +165,11 @@ def morph(
         raise SiteError(
             no_match_message(sites, filter(None, (join(s, n) for s, d in drafts.items() for n in d.outputs)))
         )
+    dims = feature_dims(feature_dim, names)
     report = trace_report(root, classes, drafts, scoping.reasons)
     growth = Growth(KasminaStateLayout(len(names), names=names), seed)
     modules = dict(root.named_modules())
-    growth.by_index = [KasminaSeed(name, i, growth, modules.get(name)) for i, name in enumerate(names)]
+    growth.by_index = [KasminaSeed(name, i, growth, modules.get(name), dims.get(name)) for i, name in enumerate(names)]
     growth.seeds = {item.name: item for item in growth.by_index}
     growth.state.to(next((t.device for t in (*net.parameters(), *net.buffers())), torch.device("cpu")))
     branch = Branch(growth).train(root.training)

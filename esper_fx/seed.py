@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from esper_fx import _torch, blueprints, ops
 from esper_fx.errors import SiteError
+from esper_fx.feature_dim import resolved
 from esper_fx.lifecycle import Stage
 from esper_fx.site import SiteSpec, SourceSpec, convolution_spec, is_transposed_linear
 
@@ -88,7 +89,9 @@ class KasminaSeed(nn.Module):
 
     body: nn.Module | None
 
-    def __init__(self, name: str, index: int, growth: Growth, producer: nn.Module | None) -> None:
+    def __init__(
+        self, name: str, index: int, growth: Growth, producer: nn.Module | None, feature_dim: int | None = None
+    ) -> None:
         super().__init__()
         self.register_module("body", None)
         self.name = name
@@ -100,6 +103,7 @@ class KasminaSeed(nn.Module):
         self.config: dict[str, Any] = {}
         self.recorded: dict[tuple[TensorMeta, bool], BodyGraph] = {}
         self._spec: SiteSpec | None = None
+        self._feature_dim = feature_dim
         self._channel_first = isinstance(producer, _torch.CHANNEL_FIRST_LAYERS)
         self._transposed = is_transposed_linear(producer)
         self._convolution = convolution_spec(producer)
@@ -148,6 +152,7 @@ class KasminaSeed(nn.Module):
         dtype: torch.dtype,
         device: torch.device,
         source: tuple[int, ...] | None = None,
+        feature_dim: int | None = None,
     ) -> None:
         """Learn what flows through the site, from the first value seen; later ones do not change it.
 
@@ -156,16 +161,40 @@ class KasminaSeed(nn.Module):
             dtype: Its dtype.
             device: Its device.
             source: Shape of the input of the module whose output it is, where that is known.
+            feature_dim: Which dimension holds features, where neither the user has said so nor the producer is to tell.
+
+        Raises:
+            SiteError: The value is not floating, or has not the dimension that the user says holds features.
         """
         if self._spec is None:
             if not dtype.is_floating_point:
                 raise SiteError(
                     f"site {self.name!r} carries {dtype} values, but a seed needs a floating tensor; choose another site"
                 )
-            last = self._feature_last or (not self._channel_first and len(shape) <= 3)
-            self._spec = SiteSpec(
-                self.name, shape, dtype, device, len(shape) - 1 if last else 1, self._source_spec(source)
-            )
+            natural = self._natural_feature_dim(len(shape))
+            dim = self.feature_dim_of(shape)
+            if dim is None:
+                dim = natural if feature_dim is None else feature_dim
+            # A body that reads the source returns features where the module that reads it does.
+            spec = self._source_spec(source) if dim == natural else None
+            self._spec = SiteSpec(self.name, shape, dtype, device, dim, spec)
+
+    def feature_dim_of(self, shape: tuple[int, ...]) -> int | None:
+        """Which dimension holds features as far as that is settled: by the user, or by a value seen; else None.
+
+        Args:
+            shape: Shape of the value.
+
+        Raises:
+            SiteError: There is no such dimension.
+        """
+        if self._spec is not None:
+            return self._spec.feature_dim
+        return None if self._feature_dim is None else resolved(self._feature_dim, shape, self.name)
+
+    def _natural_feature_dim(self, ndim: int) -> int:
+        last = self._feature_last or (not self._channel_first and ndim <= 3)
+        return ndim - 1 if last else 1
 
     def _source_spec(self, shape: tuple[int, ...] | None) -> SourceSpec | None:
         if not shape:
