@@ -6,8 +6,9 @@ import copy
 import gc
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property, partial
 from time import perf_counter
 from typing import Any
 
@@ -18,9 +19,11 @@ import esper_fx
 from benchmarks.architectures import Architecture, Inputs, architectures
 from benchmarks.options import Options
 from benchmarks.report import Bar, Report, Row
-from benchmarks.training import empty_store
 from benchmarks.zoo import MOST_POSITIONS, Miss, tensors
 from esper_fx import KasminaSeed, MorphableModel, blueprints
+from esper_fx.engine.build import Ambient
+from esper_fx.engine.plan import Executable, Layout
+from esper_fx.engine.program import SizedProgram
 
 DIFFERENCE = Bar(at_most=1e-4, aim=1e-5)
 NONE = Bar(at_most=0.0, aim=0.0)
@@ -28,7 +31,6 @@ NONE = Bar(at_most=0.0, aim=0.0)
 FLOOR = 1e-3
 #: The least relative change of the outputs by which a live seed shows that it counts.
 LEAST_EFFECT = 1e-3
-WAIT_S = 600.0
 CHOSEN: Mapping[str, Sequence[str]] = {
     "torchvision": ("resnet18", "mobilenet_v3_small", "densenet", "convnext", "swin", "vit"),
     "timm": ("resnet10t", "lcnet_050", "vit_tiny_patch16_224", "levit_128s", "mobilevit_xxs"),
@@ -55,10 +57,10 @@ class Outcome:
         library: Where it is from.
         name: Its name.
         grown: What was grown and where.
-        plans: What the compiled programs ran as.
+        whole: Worst relative difference between compiled and eager, with the plan ``whole``.
+        blocks: The same with the plan ``blocks``; NaN where there is none.
+        regions: How many regions the plan ``blocks`` has; 0 where there is none.
         recompiles: How often Dynamo compiled a frame with seeds anew.
-        dormant: Worst relative difference between compiled and eager before anything has grown.
-        live: The same with the seed live; NaN where it was not got that far.
         where: Which output or gradient differs most.
         arbiter: What float64 says, where that was asked.
         missed: Why there is no figure; empty if there is.
@@ -68,14 +70,21 @@ class Outcome:
     library: str
     name: str
     grown: str = ""
-    plans: str = ""
+    whole: float = math.nan
+    blocks: float = math.nan
+    regions: int = 0
     recompiles: int = 0
-    dormant: float = math.nan
-    live: float = math.nan
     where: str = ""
     arbiter: str = ""
     missed: str = ""
     seconds: float = 0.0
+
+    @property
+    def worst(self) -> float:
+        """The larger of the two differences; NaN where something was missed."""
+        if self.missed:
+            return math.nan
+        return self.whole if math.isnan(self.blocks) else max(self.whole, self.blocks)
 
 
 def run(options: Options) -> Report:
@@ -96,7 +105,7 @@ def run(options: Options) -> Report:
 def rows(outcomes: Sequence[Outcome]) -> list[Row]:
     """The misses, the worst difference, and one row a model."""
     missed = [outcome for outcome in outcomes if outcome.missed]
-    figures = [figure for outcome in outcomes for figure in (outcome.dormant, outcome.live) if not math.isnan(figure)]
+    figures = [outcome.worst for outcome in outcomes if not outcome.missed]
     why = "; ".join(f"{outcome.name}: {outcome.missed}" for outcome in missed)[:400] or "none"
     summary = [
         Row("zoo --compiled: without a figure", float(len(missed)), f"of {len(outcomes)}", NONE, note=why),
@@ -106,18 +115,18 @@ def rows(outcomes: Sequence[Outcome]) -> list[Row]:
 
 
 def _row(outcome: Outcome) -> Row:
-    worst = math.nan if outcome.missed else max(outcome.dormant, outcome.live)
-    notes = [outcome.grown, outcome.plans, outcome.where, outcome.arbiter, outcome.missed]
+    notes = [outcome.grown, f"{outcome.regions} blocks" * bool(outcome.regions), outcome.where, outcome.arbiter]
     if outcome.recompiles:
         notes.append(f"{outcome.recompiles} recompiles")
-    return Row(f"{outcome.library}/{outcome.name}", worst, "", DIFFERENCE, note="; ".join(filter(None, notes)))
+    notes.append(outcome.missed)
+    return Row(f"{outcome.library}/{outcome.name}", outcome.worst, "", DIFFERENCE, note="; ".join(filter(None, notes)))
 
 
 def _line(outcome: Outcome) -> str:
     what = f"{outcome.library}/{outcome.name}"
-    verdict = outcome.missed or f"dormant {outcome.dormant:.1e}, live {outcome.live:.1e} ({outcome.where})"
-    notes = ", ".join(filter(None, (outcome.plans, outcome.arbiter)))
-    return f"{what:<40} {outcome.grown:<48} {verdict} {notes} ({outcome.seconds:.1f} s)"
+    blocks = f"blocks {outcome.blocks:.1e}, " if outcome.regions else ""
+    verdict = outcome.missed or f"whole {outcome.whole:.1e}, {blocks}{outcome.where} {outcome.arbiter}"
+    return f"{what:<40} {outcome.grown:<48} {verdict} ({outcome.seconds:.1f} s)"
 
 
 def examine(architecture: Architecture, seed: int) -> Outcome:
@@ -126,7 +135,7 @@ def examine(architecture: Architecture, seed: int) -> Outcome:
     started = perf_counter()
     torch.compiler.reset()
     try:
-        with empty_store():
+        with esper_fx.configure(workers=0, store=False):
             _examine(architecture, seed, outcome)
     except Exception as error:
         reason = str(error) if isinstance(error, Miss) else f"{type(error).__name__}: {error}"
@@ -142,38 +151,64 @@ def _examine(architecture: Architecture, seed: int, outcome: Outcome) -> None:
     net, inputs = architecture.build()
     without_zeros(without_dropout(net)).train()
     model = esper_fx.morph(net, sites="auto", example_inputs=inputs)
-    eager = copy.deepcopy(model)
-    fast = torch.compile(model, backend="esper")
-    before = step(eager, inputs, seed)
-    if any(not torch.equal(found, before[name]) for name, found in step(eager, inputs, seed + 1).items()):
+    before = step(model, inputs, seed)
+    if any(not torch.equal(found, before[name]) for name, found in step(model, inputs, seed + 1).items()):
         raise Miss("two eager calls differ: something in it is random")
-    found = step(fast, inputs, seed)
-    outcome.plans = _plans(model)
-    outcome.dormant, outcome.where, outcome.arbiter = judge(found, before, eager, inputs, seed)
-
     grown = model.seeds[chance.choice(list(model.seeds))]
     blueprint, weights = choose(grown, chance, seed)
     outcome.grown = f"{blueprint} at {grown.name}"
-    eager.seeds[grown.name].germinate(blueprint, weights=weights)
-    germination = grown.germinate(blueprint, weights=weights)
-    if not germination.wait(WAIT_S) or germination.exception() is not None:
-        raise Miss(f"{outcome.grown} is not live: {germination.exception() or 'it took too long'}")
-    expected = step(eager, inputs, seed)
+    grown.germinate(blueprint, weights=weights)
+    expected = step(model, inputs, seed)
     effect = difference(_outputs(expected), _outputs(before))[0]
     if effect < LEAST_EFFECT:
         raise Miss(f"{outcome.grown} changes the outputs by {effect:.1e} only")
-    found = step(fast, inputs, seed)
-    outcome.plans = _plans(model)
-    outcome.recompiles = model.stats().recompiles
-    outcome.live, outcome.where, outcome.arbiter = judge(found, expected, eager, inputs, seed)
+    exact = Exact(model, inputs, seed)
 
-
-def _plans(model: MorphableModel) -> str:
-    """What the programs run as; one that is not compiled is a miss."""
+    fast = torch.compile(model, backend="esper")
+    found = step(fast, inputs, seed)  # type: ignore[arg-type]
     plans = model.stats().plans
-    if not plans or "eager" in plans:
+    if not plans or set(plans) != {"whole"}:
         raise Miss(f"not compiled: its programs run as {', '.join(plans) or 'nothing'}")
-    return ", ".join(plans)
+    outcome.whole, where, arbiter = judge(found, expected, exact)
+    outcome.where, outcome.arbiter = where, arbiter
+    outcome.regions = run_in_blocks(model, lambda: step(fast, inputs, seed))  # type: ignore[arg-type]
+    if outcome.regions:
+        outcome.blocks, where, arbiter = judge(step(fast, inputs, seed), expected, exact)  # type: ignore[arg-type]
+        if outcome.blocks > outcome.whole:
+            outcome.where, outcome.arbiter = where, arbiter
+    outcome.recompiles = model.stats().recompiles
+
+
+def run_in_blocks(model: MorphableModel, call: Callable[[], object]) -> int:
+    """Have all programs of a model run their plan ``blocks``, compiled here and now; returns the number of regions.
+
+    The engine leaves that plan to worker processes, which stand back while a machine is busy with something else.
+    """
+    programs = list(model.growth.changes.programs)
+    given: dict[SizedProgram, Sequence[Any]] = {}
+    for program in programs:
+        program.active = _noting(program.active, program, given)
+    call()
+    regions = 0
+    for program, arguments in given.items():
+        layout = Layout(program._module, arguments, Ambient.current(), blocks=True)
+        if len(layout.plans) < 2:
+            continue
+        plan = layout.plans[1]
+        live = {seed for seed in program.seeds if seed.live}
+        variants = layout.variants(plan, program._assignment(live)) or []
+        kernels = [program.service.obtain(variant.key, variant.compile_here) for variant in variants]
+        program.active = Executable(plan, kernels, [seed if seed in live else None for seed in program.seeds])
+        regions += len(plan.regions)
+    return regions
+
+
+def _noting(active: Any, program: SizedProgram, given: dict[SizedProgram, Sequence[Any]]) -> Callable[..., Any]:
+    def run_and_note(arguments: Sequence[Any]) -> Any:
+        given[program] = arguments
+        return active(arguments)
+
+    return run_and_note
 
 
 def without_dropout(net: nn.Module) -> nn.Module:
@@ -223,9 +258,19 @@ def step(net: nn.Module, inputs: Inputs, seed: int) -> dict[str, Tensor]:
     return found
 
 
-def judge(
-    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], eager: MorphableModel, inputs: Inputs, seed: int
-) -> tuple[float, str, str]:
+class Exact:
+    """What a model computes eagerly in float64; computed when it is asked for."""
+
+    def __init__(self, model: MorphableModel, inputs: Inputs, seed: int) -> None:
+        self._step = partial(step, copy.deepcopy(model).double(), as_double(inputs), seed)
+
+    @cached_property
+    def found(self) -> dict[str, Tensor]:
+        """Outputs and gradients."""
+        return self._step()
+
+
+def judge(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], exact: Exact) -> tuple[float, str, str]:
     """Worst relative difference, where it is, and what float64 says.
 
     Where float32 run eagerly and compiled differ by more than the bar, the same in float64, eagerly, is taken for the
@@ -234,9 +279,8 @@ def judge(
     worst, where = difference(found, expected)
     if worst <= DIFFERENCE.at_most:
         return worst, where, ""
-    exact = step(copy.deepcopy(eager).double(), as_double(inputs), seed)
-    error, where = difference(found, exact)
-    own, _ = difference(expected, exact)
+    error, where = difference(found, exact.found)
+    own, _ = difference(expected, exact.found)
     return error, where, f"differs from eager by {worst:.1e}; from float64 by {error:.1e}, eager by {own:.1e}"
 
 
