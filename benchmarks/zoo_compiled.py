@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 import esper_fx
 from benchmarks.architectures import Architecture, Inputs, architectures
@@ -31,6 +32,8 @@ NONE = Bar(at_most=0.0, aim=0.0)
 FLOOR = 1e-3
 #: The least relative change of the outputs by which a live seed shows that it counts.
 LEAST_EFFECT = 1e-3
+#: Images at once where there is batch normalisation.
+BATCH = 16
 CHOSEN: Mapping[str, Sequence[str]] = {
     "torchvision": ("resnet18", "mobilenet_v3_small", "densenet", "convnext", "swin", "vit"),
     "timm": ("resnet10t", "lcnet_050", "vit_tiny_patch16_224", "levit_128s", "mobilevit_xxs"),
@@ -149,6 +152,8 @@ def _examine(architecture: Architecture, seed: int, outcome: Outcome) -> None:
     torch.manual_seed(seed)
     chance = random.Random(seed)
     net, inputs = architecture.build()
+    if any(isinstance(module, _BatchNorm) for module in net.modules()):
+        inputs = in_batches_of(BATCH, inputs)
     without_zeros(without_dropout(net)).train()
     model = esper_fx.morph(net, sites="auto", example_inputs=inputs)
     before = step(model, inputs, seed)
@@ -209,6 +214,16 @@ def _noting(active: Any, program: SizedProgram, given: dict[SizedProgram, Sequen
         return active(arguments)
 
     return run_and_note
+
+
+def in_batches_of(size: int, inputs: Inputs) -> Inputs:
+    """More random images.
+
+    Batch normalisation of two values is a sign function, whose gradient is all rounding errors.
+    """
+    if isinstance(inputs, Mapping):
+        return {name: torch.randn(size, *value.shape[1:]) for name, value in inputs.items()}
+    return tuple(torch.randn(size, *value.shape[1:]) for value in inputs)
 
 
 def without_dropout(net: nn.Module) -> nn.Module:

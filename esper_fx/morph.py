@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from esper_fx.adoption import adopt, adopt_python, in_turn, plain_base
 from esper_fx.branch import NAMESPACE, Branch
@@ -139,7 +139,8 @@ def morph(
         seed: Where the initial values of grown modules come from, together with site and number of germination.
 
     Raises:
-        MorphError: ``net`` is morphed already, nothing in it can be traced, or ``example_inputs`` do not fit it.
+        MorphError: ``net`` is morphed already, nothing in it can be traced, it has parameters without a shape yet, or
+            ``example_inputs`` do not fit it.
         SiteError: No site was found, a site's value is not one floating tensor, or ``feature_dim`` does not fit it.
     """
     if not isinstance(net, nn.Module):
@@ -151,6 +152,12 @@ def morph(
         taken.append(ATTRIBUTE)
     if taken:
         raise MorphError(f"{type(net).__name__} has attributes of its own called {', '.join(taken)}; rename them first")
+    lazy = [name for name, tensor in net.named_parameters() if nn.parameter.is_lazy(tensor)]
+    if lazy:
+        raise MorphError(
+            f"{type(net).__name__} has parameters without a shape yet ({', '.join(lazy[:3])}): call the model once before "
+            "morph()"
+        )
     root = replica(net)
     if isinstance(sites, str) and sites == "auto":
         sites = _auto(root, example_inputs, max_sites)
@@ -171,7 +178,7 @@ def morph(
     modules = dict(root.named_modules())
     growth.by_index = [KasminaSeed(name, i, growth, modules.get(name), dims.get(name)) for i, name in enumerate(names)]
     growth.seeds = {item.name: item for item in growth.by_index}
-    growth.state.to(next((t.device for t in (*net.parameters(), *net.buffers())), torch.device("cpu")))
+    growth.state.to(next((t.device for t in _tensors(net) if not t.is_meta), torch.device("cpu")))
     branch = Branch(growth).train(root.training)
     for item in growth.by_index:
         item.train(modules.get(item.name, root).training)
@@ -217,6 +224,11 @@ _RESERVED = (
 )
 
 
+def _tensors(net: nn.Module) -> Iterator[Tensor]:
+    yield from net.parameters()
+    yield from net.buffers()
+
+
 def _before_eager_forward(model: nn.Module, args: Any) -> None:
     if not torch.compiler.is_compiling():
         model.growth.changes.begin_eager_forward()  # type: ignore[union-attr,operator]
@@ -251,7 +263,7 @@ def _learn_values(model: MorphableModel, example_inputs: Inputs) -> None:
 
     copied = rehearse(model, example_inputs, watch, type(model).__name__.removeprefix("Morphable"))
     for mine, theirs in zip(model.growth.by_index, copied.growth.by_index, strict=True):
-        mine._spec = theirs._spec
+        mine._spec, mine.container, mine.seen = theirs._spec, theirs.container, theirs.seen
 
 
 def _auto(root: nn.Module, example_inputs: Inputs | None, max_sites: int) -> list[str]:

@@ -85,6 +85,8 @@ class KasminaSeed(nn.Module):
         error: Why it is in stage ERROR or was quarantined last, or None.
         blueprint: Name of its body's blueprint, or None.
         config: Parameters of its body's blueprint.
+        container: The class of the tuple or list whose first item flows through the site; None where it is a tensor.
+        seen: Whether anything has flowed through the site since the model was made.
     """
 
     body: nn.Module | None
@@ -102,6 +104,8 @@ class KasminaSeed(nn.Module):
         self.blueprint: str | None = None
         self.config: dict[str, Any] = {}
         self.recorded: dict[tuple[TensorMeta, bool], BodyGraph] = {}
+        self.container: type | None = None
+        self.seen = False
         self._spec: SiteSpec | None = None
         self._feature_dim = feature_dim
         self._channel_first = isinstance(producer, _torch.CHANNEL_FIRST_LAYERS)
@@ -128,7 +132,7 @@ class KasminaSeed(nn.Module):
                     x, alpha, gate, self.growth.handle, self.index, self.training, *more
                 )
                 return result
-        elif self._spec is None and not torch.compiler.is_compiling():
+        elif not self.seen and not torch.compiler.is_compiling():
             self.note_value(
                 tuple(x.shape), x.dtype, x.device, tuple(source.shape) if isinstance(source, Tensor) else None
             )
@@ -143,6 +147,10 @@ class KasminaSeed(nn.Module):
                 f"site {self.name!r} returns a {type(value).__name__}, but a seed needs one floating tensor, or a tuple that "
                 "begins with one. Choose a submodule that returns a tensor."
             )
+        if torch.compiler.is_dynamo_compiling():
+            _note_container(self.growth.handle, self.index, type(value))
+        else:
+            self.container = type(value)
         items = (self(value[0], alpha, gate), *value[1:])
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
 
@@ -153,6 +161,8 @@ class KasminaSeed(nn.Module):
         device: torch.device,
         source: tuple[int, ...] | None = None,
         feature_dim: int | None = None,
+        *,
+        seen: bool = True,
     ) -> None:
         """Learn what flows through the site, from the first value seen; later ones do not change it.
 
@@ -162,10 +172,12 @@ class KasminaSeed(nn.Module):
             device: Its device.
             source: Shape of the input of the module whose output it is, where that is known.
             feature_dim: Which dimension holds features, where neither the user has said so nor the producer is to tell.
+            seen: Whether the value has flowed here, and is not only told of by a checkpoint.
 
         Raises:
             SiteError: The value is not floating, or has not the dimension that the user says holds features.
         """
+        self.seen = self.seen or seen
         if self._spec is None:
             if not dtype.is_floating_point:
                 raise SiteError(
@@ -285,6 +297,7 @@ class KasminaSeed(nn.Module):
         body, growth, index = self.body, self.growth, self.index
         owners = [_owner(body, name, "_parameters") for name, _ in body.named_parameters()]
         owners += [_owner(body, name, "_buffers") for name, _ in body.named_buffers()]
+        device = None if self._spec is None else self._spec.device
         generation = -1
         scalars: list[Tensor] = []
 
@@ -295,6 +308,8 @@ class KasminaSeed(nn.Module):
                 generation, scalars = state.generation, [state.view("alpha", index), state.view("gate", index)]
             # A scheduled alpha moves while a backward pass may still need what it was.
             first = [scalar.clone() for scalar in scalars] if growth.scheduled else scalars
+            if device is not None and first[0].device != device:
+                first = [scalar.to(device, non_blocking=True) for scalar in first]
             return [*first, *[tensors[name] for tensors, name in owners]]
 
         return inputs
@@ -320,6 +335,15 @@ class KasminaSeed(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "recorded": {}, "error": None}
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _note_container(handle: int, index: int, kind: type) -> bool:
+    """Tell a seed that its site's value comes in a tuple or list, while Dynamo traces."""
+    host: Any = ops.hosts.get(handle)
+    if host is not None:
+        host.by_index[index].container = kind
+    return True
 
 
 def _owner(body: nn.Module, name: str, kind: str) -> tuple[dict[str, Tensor], str]:

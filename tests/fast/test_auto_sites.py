@@ -159,11 +159,6 @@ def test_a_model_without_a_candidate_is_refused() -> None:
         esper_fx.morph(nn.Sequential(nn.Linear(4, 4)), sites="auto", example_inputs=(torch.randn(2, 4),))
 
 
-def test_lazy_parameters_are_named() -> None:
-    with pytest.raises(MorphError, match=r"parameters without a shape yet \(0\.weight, 0\.bias\): call the model once"):
-        esper_fx.morph(nn.Sequential(nn.LazyLinear(4)), sites="0", example_inputs=(torch.randn(2, 4),))
-
-
 @given(description=descriptions())
 @examples(50)
 def test_sites_that_are_found_cut_the_flow_and_are_the_same_each_time(description: Description) -> None:
