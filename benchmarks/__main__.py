@@ -26,6 +26,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", choices=(*MODELS, "both"), default="both")
     parser.add_argument("--quick", action="store_true", help="few rounds, to see that it runs; not for reporting")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--compiled", action="store_true", help='zoo: 20 models under backend "esper" against eager')
     parser.add_argument("--json", type=Path, help="file (with all: folder) for the JSON, default benchmarks/out")
     return parser
 
@@ -65,8 +66,14 @@ def main(arguments: list[str] | None = None) -> int:
         hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
         console.print(f"no benchmark is called {chosen.name!r}{hint} There are: {', '.join(NAMES)}, all", markup=False)
         return 1
+    if chosen.compiled and chosen.name != "zoo":
+        console.print(f"--compiled goes with zoo, not with {chosen.name}", markup=False)
+        return 1
     options = Options(
-        models=MODELS if chosen.model == "both" else (chosen.model,), quick=chosen.quick, seed=chosen.seed
+        models=MODELS if chosen.model == "both" else (chosen.model,),
+        quick=chosen.quick,
+        seed=chosen.seed,
+        compiled=chosen.compiled,
     )
     if chosen.name != "all":
         return 0 if _run(chosen.name, options, chosen.json, console) else 1

@@ -100,9 +100,9 @@ def _torchvision() -> Iterator[Architecture]:
 
     def mvit() -> nn.Module:
         setting = [
-            MSBlockConfig(1, 16, 32, [3, 3, 3], [1, 8, 8], [1, 1, 1]),
-            MSBlockConfig(2, 32, 32, [3, 3, 3], [1, 4, 4], [1, 2, 2]),
-            MSBlockConfig(2, 32, 32, [3, 3, 3], [1, 4, 4], [1, 1, 1]),
+            MSBlockConfig(1, 16, 32, [3, 3, 3], [3, 3, 3], [1, 1, 1], [1, 4, 4]),
+            MSBlockConfig(2, 32, 32, [3, 3, 3], [3, 3, 3], [1, 2, 2], [1, 2, 2]),
+            MSBlockConfig(2, 32, 32, [3, 3, 3], [3, 3, 3], [1, 1, 1], [1, 2, 2]),
         ]
         return models.video.MViT((32, 32), 8, setting, residual_pool=False, residual_with_cls_embed=True,
                                  rel_pos_embed=False, proj_after_attn=False, num_classes=10)  # fmt: skip
@@ -204,9 +204,9 @@ _TIMM: dict[str, dict[str, Any]] = {
     "xcit_nano_12_p16_224": {"img_size": 64, "depth": 3},
     "swin_tiny_patch4_window7_224": {"img_size": 64, "window_size": 4, "embed_dim": 24, "depths": (2, 2, 2, 2)},
     "swinv2_tiny_window8_256": {"img_size": 64, "window_size": 4, "embed_dim": 24, "depths": (2, 2, 2, 2)},
-    "mixer_s32_224": {"img_size": 64, "num_blocks": 3},
-    "gmlp_ti16_224": {"img_size": 64, "num_blocks": 3},
-    "resmlp_12_224": {"img_size": 64, "num_blocks": 3},
+    "mixer_s32_224": {"img_size": 64},
+    "gmlp_ti16_224": {"img_size": 64},
+    "resmlp_12_224": {"img_size": 64},
     "poolformer_s12": {},
     "pvt_v2_b0": {},
     "edgenext_xx_small": {},
@@ -219,7 +219,7 @@ _TIMM: dict[str, dict[str, Any]] = {
     "coat_lite_tiny": {"img_size": 64},
     "twins_svt_small": {"img_size": 64},
     "visformer_tiny": {"img_size": 64},
-    "focalnet_tiny_srf": {"depths": (1, 1, 2, 1), "embed_dim": 24},
+    "focalnet_tiny_srf": {},
     "maxvit_rmlp_pico_rw_256": {"img_size": 64},
     "repghostnet_050": {},
     "sequencer2d_s": {"img_size": 64},

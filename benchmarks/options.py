@@ -16,8 +16,10 @@ class Options:
         models: Which of the two models, in this order.
         quick: Few rounds: to see that it runs, not for figures to report.
         seed: Of the models, the data and the order of sides.
+        compiled: Compare what is compiled with eager (``zoo`` only).
     """
 
     models: tuple[str, ...] = MODELS
     quick: bool = False
     seed: int = 0
+    compiled: bool = False

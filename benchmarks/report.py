@@ -121,9 +121,11 @@ class Report:
 
 
 def _number(value: float) -> str:
-    """Four significant digits, without trailing zeros or exponents."""
+    """Four significant digits, without trailing zeros; what is tiny with an exponent, and two digits."""
     if math.isnan(value):
         return "never"
+    if 0 < abs(value) < 1e-3:
+        return f"{value:.1e}"
     if value == 0 or abs(value) >= 1000:
         return f"{value:.0f}"
     digits = max(0, 3 - math.floor(math.log10(abs(value))))

@@ -54,7 +54,11 @@ class Miss(Exception):
 
 
 def run(options: Options) -> Report:
-    """All architectures, or every fifth with ``quick``."""
+    """All architectures, or every fifth with ``quick``; with ``compiled`` what `zoo_compiled` does instead."""
+    if options.compiled:
+        from benchmarks import zoo_compiled
+
+        return zoo_compiled.run(options)
     report = Report("zoo")
     chosen = list(architectures())[:: 5 if options.quick else 1]
     outcomes = []

@@ -150,6 +150,7 @@ def _restore(growth: Growth, structure: Structure) -> None:
             seed.error = None
             if seed._spec is None and seed.name in manifest.values:
                 shape, dtype, source = manifest.values[seed.name]
-                seed.note_value(shape, dtype, growth.state.step.device, source)
+                dim = manifest.feature_dims.get(seed.name)
+                seed.note_value(shape, dtype, growth.state.step.device, source, dim, seen=False)
             if growth.attachment is not None:
                 growth.attachment.join(seed)

@@ -39,6 +39,7 @@ class SeedSnapshot:
         config: Parameters of the blueprint.
         events: What has happened to it.
         container: The class of the tuple or list whose first item flows through the site; None where it is a tensor.
+        seen: Whether that is known, because something has flowed.
     """
 
     site: str
@@ -50,6 +51,7 @@ class SeedSnapshot:
     config: Mapping[str, Any]
     events: tuple[GrowthEvent, ...]
     container: type | None = None
+    seen: bool = True
 
     @property
     def kept(self) -> bool:
@@ -71,7 +73,8 @@ def snapshot(growth: Growth) -> list[SeedSnapshot]:
                 seed.blueprint,
                 dict(seed.config),
                 tuple(event for event in events if event.site == seed.name),
-                getattr(seed, "container", None),
+                seed.container,
+                seed.seen,
             )
             for seed in growth.by_index
         ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,6 +54,7 @@ class Manifest:
         model_seed: Where the initial values of further bodies come from.
         clock: Training steps seen.
         ledger: What has happened.
+        feature_dims: Which dimension of a site's value holds features, where that is known.
     """
 
     sites: tuple[str, ...]
@@ -62,6 +63,7 @@ class Manifest:
     model_seed: int
     clock: int
     ledger: Ledger
+    feature_dims: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, growth: Growth) -> Manifest:
@@ -78,6 +80,7 @@ class Manifest:
                 model_seed=int(growth.model_seed),
                 clock=growth.clock,
                 ledger=Ledger(growth.ledger),
+                feature_dims={s.name: s._spec.feature_dim for s in growth.by_index if s._spec is not None},
             )
 
     def to_tensor(self) -> Tensor:
@@ -95,6 +98,7 @@ class Manifest:
                 site: [shape, str(dtype).removeprefix("torch."), source]
                 for site, (shape, dtype, source) in self.values.items()
             },
+            "feature_dims": self.feature_dims,
             "bodies": {site: _encode_body(site, body) for site, body in self.bodies.items()},
             "ledger": self.ledger.to_json(),
         }
@@ -123,7 +127,13 @@ class Manifest:
                 model_seed=_expect(int, record["model_seed"]),
                 clock=_expect(int, record["clock"]),
                 ledger=Ledger.from_json(_expect(list, record["ledger"])),
+                feature_dims={
+                    site: _expect(int, dim) for site, dim in _expect(dict, record.get("feature_dims", {})).items()
+                },
             )
+            for site, dim in manifest.feature_dims.items():
+                if site not in manifest.values or not 0 <= dim < len(manifest.values[site][0]):
+                    raise ValueError(f"it says of {site!r} that dimension {dim} holds features, and there is none")
             for site in manifest.bodies:
                 if site not in sites or site not in manifest.values:
                     raise ValueError(f"it has a body at {site!r}, of which it says nothing else")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from esper_fx._garbage import collecting_later
 from esper_fx.adoption import adopt, adopt_python, in_turn, plain_base
@@ -15,6 +15,7 @@ from esper_fx.branch import NAMESPACE, Branch
 from esper_fx.checkpoint import watch_loading
 from esper_fx.drafting import Scoping
 from esper_fx.errors import MorphError, SiteError
+from esper_fx.feature_dim import FeatureDim, feature_dims
 from esper_fx.growth import Growth, Morphology
 from esper_fx.lifecycle import Ledger
 from esper_fx.lineage import ATTRIBUTE, is_lineage
@@ -116,6 +117,7 @@ def morph(
     *,
     example_inputs: Inputs | None = None,
     max_sites: int = MAX_SITES,
+    feature_dim: FeatureDim = None,
     seed: int = 0,
 ) -> MorphableModel:
     """Return a model that computes what ``net`` computes and can grow at ``sites``.
@@ -132,11 +134,16 @@ def morph(
             computation is done, unless what the model does depends on values. Without them a site is known after the first
             call.
         max_sites: The most sites that ``"auto"`` chooses.
+        feature_dim: Which dimension of a site's value holds features, negative counted from the end: one for all sites, or
+            a mapping from names or globs of sites. Without it that is guessed: 1 after convolutions and what goes with
+            them and for values with over 3 dimensions, else the last one; the last one after linear layers, LayerNorm,
+            embeddings and attention.
         seed: Where the initial values of grown modules come from, together with site and number of germination.
 
     Raises:
-        MorphError: ``net`` is morphed already, nothing in it can be traced, or ``example_inputs`` do not fit it.
-        SiteError: No site was found, or a site's value is not one floating tensor.
+        MorphError: ``net`` is morphed already, nothing in it can be traced, it has parameters without a shape yet, or
+            ``example_inputs`` do not fit it.
+        SiteError: No site was found, a site's value is not one floating tensor, or ``feature_dim`` does not fit it.
     """
     if not isinstance(net, nn.Module):
         raise MorphError(f"morph() needs an nn.Module, not a {type(net).__name__}")
@@ -147,12 +154,18 @@ def morph(
         taken.append(ATTRIBUTE)
     if taken:
         raise MorphError(f"{type(net).__name__} has attributes of its own called {', '.join(taken)}; rename them first")
+    lazy = [name for name, tensor in net.named_parameters() if nn.parameter.is_lazy(tensor)]
+    if lazy:
+        raise MorphError(
+            f"{type(net).__name__} has parameters without a shape yet ({', '.join(lazy[:3])}): call the model once before "
+            "morph()"
+        )
     with collecting_later():
         root = replica(net)
     if isinstance(sites, str) and sites == "auto":
         sites = _auto(root, example_inputs, max_sites)
     with collecting_later():
-        model = _assemble(root, sites, seed)
+        model = _assemble(root, sites, feature_dim, seed)
     if example_inputs is not None:
         _learn_values(model, example_inputs)
     return model
@@ -176,7 +189,7 @@ _RESERVED = (
 )
 
 
-def _assemble(root: nn.Module, sites: Sites, seed: int) -> MorphableModel:
+def _assemble(root: nn.Module, sites: Sites, feature_dim: FeatureDim, seed: int) -> MorphableModel:
     """Make a replica a model that can grow; the arguments are those of `morph`."""
     classes = class_names(root)
     scoping = Scoping(root, sites)
@@ -189,12 +202,13 @@ def _assemble(root: nn.Module, sites: Sites, seed: int) -> MorphableModel:
         raise SiteError(
             no_match_message(sites, filter(None, (join(s, n) for s, d in drafts.items() for n in d.outputs)))
         )
+    dims = feature_dims(feature_dim, names)
     report = trace_report(root, classes, drafts, scoping.reasons)
     growth = Growth(KasminaStateLayout(len(names), names=names), seed)
     modules = dict(root.named_modules())
-    growth.by_index = [KasminaSeed(name, i, growth, modules.get(name)) for i, name in enumerate(names)]
+    growth.by_index = [KasminaSeed(name, i, growth, modules.get(name), dims.get(name)) for i, name in enumerate(names)]
     growth.seeds = {item.name: item for item in growth.by_index}
-    growth.state.to(next((t.device for t in (*root.parameters(), *root.buffers())), torch.device("cpu")))
+    growth.state.to(next((t.device for t in _tensors(root) if not t.is_meta), torch.device("cpu")))
     branch = Branch(growth).train(root.training)
     for item in growth.by_index:
         item.train(modules.get(item.name, root).training)
@@ -218,6 +232,11 @@ def _assemble(root: nn.Module, sites: Sites, seed: int) -> MorphableModel:
     model._additions = {}
     model._additions = additions(model, before)
     return model
+
+
+def _tensors(net: nn.Module) -> Iterator[Tensor]:
+    yield from net.parameters()
+    yield from net.buffers()
 
 
 def _before_eager_forward(model: nn.Module, args: Any) -> None:
@@ -254,7 +273,7 @@ def _learn_values(model: MorphableModel, example_inputs: Inputs) -> None:
 
     copied = rehearse(model, example_inputs, watch, type(model).__name__.removeprefix("Morphable"))
     for mine, theirs in zip(model.growth.by_index, copied.growth.by_index, strict=True):
-        mine._spec = theirs._spec
+        mine._spec, mine.container, mine.seen = theirs._spec, theirs.container, theirs.seen
 
 
 def _auto(root: nn.Module, example_inputs: Inputs | None, max_sites: int) -> list[str]:

@@ -86,7 +86,7 @@ def seed_forward(
         x: Value at the site, any shape, floating.
         body: Maps ``x``, or ``source`` where it says that it reads that, to a delta of the shape and dtype of ``x``.
         alpha: 0-dim float32.
-        gate: 0-dim float32.
+        gate: 0-dim float32; alpha and gate may be on another device than ``x``.
         source: Input of the module whose output ``x`` is, where that is known.
 
     Raises:
@@ -99,6 +99,7 @@ def seed_forward(
                 f"{type(body).__name__} reads the input of the module at its site, but none was handed over"
             )
         value = source
+    alpha, gate = alpha.to(x.device, non_blocking=True), gate.to(x.device, non_blocking=True)
     return seed_output(x, body(seed_input(value, alpha, gate)), alpha)
 
 

@@ -38,12 +38,6 @@ def rehearse(
     """
     if isinstance(example_inputs, Tensor):
         raise MorphError("example_inputs must be a tuple of arguments, such as (x,), not one tensor")
-    lazy = [key for key, value in net.named_parameters() if nn.parameter.is_lazy(value)]
-    if lazy:
-        raise MorphError(
-            f"{name} has parameters without a shape yet ({', '.join(lazy[:3])}): call the model once before morph(), or "
-            "leave example_inputs out"
-        )
     try:
         return _on_fakes(net, example_inputs, watch)
     except SiteError:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from esper_fx import _torch, blueprints, ops
 from esper_fx.errors import SiteError
+from esper_fx.feature_dim import resolved
 from esper_fx.lifecycle import Stage
 from esper_fx.site import SiteSpec, SourceSpec, convolution_spec, is_transposed_linear
 
@@ -84,11 +85,15 @@ class KasminaSeed(nn.Module):
         error: Why it is in stage ERROR or was quarantined last, or None.
         blueprint: Name of its body's blueprint, or None.
         config: Parameters of its body's blueprint.
+        container: The class of the tuple or list whose first item flows through the site; None where it is a tensor.
+        seen: Whether anything has flowed through the site since the model was made.
     """
 
     body: nn.Module | None
 
-    def __init__(self, name: str, index: int, growth: Growth, producer: nn.Module | None) -> None:
+    def __init__(
+        self, name: str, index: int, growth: Growth, producer: nn.Module | None, feature_dim: int | None = None
+    ) -> None:
         super().__init__()
         self.register_module("body", None)
         self.name = name
@@ -99,7 +104,10 @@ class KasminaSeed(nn.Module):
         self.blueprint: str | None = None
         self.config: dict[str, Any] = {}
         self.recorded: dict[tuple[TensorMeta, bool], BodyGraph] = {}
+        self.container: type | None = None
+        self.seen = False
         self._spec: SiteSpec | None = None
+        self._feature_dim = feature_dim
         self._channel_first = isinstance(producer, _torch.CHANNEL_FIRST_LAYERS)
         self._transposed = is_transposed_linear(producer)
         self._convolution = convolution_spec(producer)
@@ -124,7 +132,7 @@ class KasminaSeed(nn.Module):
                     x, alpha, gate, self.growth.handle, self.index, self.training, *more
                 )
                 return result
-        elif self._spec is None and not torch.compiler.is_compiling():
+        elif not self.seen and not torch.compiler.is_compiling():
             self.note_value(
                 tuple(x.shape), x.dtype, x.device, tuple(source.shape) if isinstance(source, Tensor) else None
             )
@@ -139,6 +147,10 @@ class KasminaSeed(nn.Module):
                 f"site {self.name!r} returns a {type(value).__name__}, but a seed needs one floating tensor, or a tuple that "
                 "begins with one. Choose a submodule that returns a tensor."
             )
+        if torch.compiler.is_dynamo_compiling():
+            _note_container(self.growth.handle, self.index, type(value))
+        else:
+            self.container = type(value)
         items = (self(value[0], alpha, gate), *value[1:])
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
 
@@ -148,6 +160,9 @@ class KasminaSeed(nn.Module):
         dtype: torch.dtype,
         device: torch.device,
         source: tuple[int, ...] | None = None,
+        feature_dim: int | None = None,
+        *,
+        seen: bool = True,
     ) -> None:
         """Learn what flows through the site, from the first value seen; later ones do not change it.
 
@@ -156,16 +171,42 @@ class KasminaSeed(nn.Module):
             dtype: Its dtype.
             device: Its device.
             source: Shape of the input of the module whose output it is, where that is known.
+            feature_dim: Which dimension holds features, where neither the user has said so nor the producer is to tell.
+            seen: Whether the value has flowed here, and is not only told of by a checkpoint.
+
+        Raises:
+            SiteError: The value is not floating, or has not the dimension that the user says holds features.
         """
+        self.seen = self.seen or seen
         if self._spec is None:
             if not dtype.is_floating_point:
                 raise SiteError(
                     f"site {self.name!r} carries {dtype} values, but a seed needs a floating tensor; choose another site"
                 )
-            last = self._feature_last or (not self._channel_first and len(shape) <= 3)
-            self._spec = SiteSpec(
-                self.name, shape, dtype, device, len(shape) - 1 if last else 1, self._source_spec(source)
-            )
+            natural = self._natural_feature_dim(len(shape))
+            dim = self.feature_dim_of(shape)
+            if dim is None:
+                dim = natural if feature_dim is None else feature_dim
+            # A body that reads the source returns features where the module that reads it does.
+            spec = self._source_spec(source) if dim == natural else None
+            self._spec = SiteSpec(self.name, shape, dtype, device, dim, spec)
+
+    def feature_dim_of(self, shape: tuple[int, ...]) -> int | None:
+        """Which dimension holds features as far as that is settled: by the user, or by a value seen; else None.
+
+        Args:
+            shape: Shape of the value.
+
+        Raises:
+            SiteError: There is no such dimension.
+        """
+        if self._spec is not None:
+            return self._spec.feature_dim
+        return None if self._feature_dim is None else resolved(self._feature_dim, shape, self.name)
+
+    def _natural_feature_dim(self, ndim: int) -> int:
+        last = self._feature_last or (not self._channel_first and ndim <= 3)
+        return ndim - 1 if last else 1
 
     def _source_spec(self, shape: tuple[int, ...] | None) -> SourceSpec | None:
         if not shape:
@@ -256,6 +297,7 @@ class KasminaSeed(nn.Module):
         body, growth, index = self.body, self.growth, self.index
         owners = [_owner(body, name, "_parameters") for name, _ in body.named_parameters()]
         owners += [_owner(body, name, "_buffers") for name, _ in body.named_buffers()]
+        device = None if self._spec is None else self._spec.device
         generation = -1
         scalars: list[Tensor] = []
 
@@ -266,6 +308,8 @@ class KasminaSeed(nn.Module):
                 generation, scalars = state.generation, [state.view("alpha", index), state.view("gate", index)]
             # A scheduled alpha moves while a backward pass may still need what it was.
             first = [scalar.clone() for scalar in scalars] if growth.scheduled else scalars
+            if device is not None and first[0].device != device:
+                first = [scalar.to(device, non_blocking=True) for scalar in first]
             return [*first, *[tensors[name] for tensors, name in owners]]
 
         return inputs
@@ -291,6 +335,15 @@ class KasminaSeed(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "recorded": {}, "error": None}
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _note_container(handle: int, index: int, kind: type) -> bool:
+    """Tell a seed that its site's value comes in a tuple or list, while Dynamo traces."""
+    host: Any = ops.hosts.get(handle)
+    if host is not None:
+        host.by_index[index].container = kind
+    return True
 
 
 def _owner(body: nn.Module, name: str, kind: str) -> tuple[dict[str, Tensor], str]:

@@ -51,7 +51,7 @@ class SiteSpec:
         dtype: Floating dtype of the value.
         device: Device of the value.
         feature_dim: Non-negative index of the dimension that holds features: 1 for channel-first maps ``[N, C, *]``,
-            the last one for tokens ``[B, T, D]`` and vectors ``[N, D]``.
+            the last one for tokens ``[B, T, D]`` and vectors ``[N, D]``. `morph` takes ``feature_dim`` to say otherwise.
         source: What the module read to make the value, where the site is the output of a linear map or a convolution
             (:func:`is_linear_kind`); else None.
     """

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from esper_fx import blueprints
 from esper_fx.branch import NAMESPACE, mangled
-from esper_fx.errors import BlueprintError, CheckpointError
+from esper_fx.errors import BlueprintError, CheckpointError, SiteError
 from esper_fx.growth import body_seed
 from esper_fx.lifecycle import Stage
 from esper_fx.manifest import BodyRecord, Manifest, trainable
@@ -53,6 +53,7 @@ def read_structure(growth: Growth, state_dict: Mapping[str, Any], root: str) -> 
     """
     manifest = Manifest.from_tensor(state_dict[root + MANIFEST])
     _check_sites(growth, manifest)
+    _check_feature_dims(growth, manifest)
     for field in FIELDS:
         key, expected = f"{root}state.{field}", [len(growth.by_index)]
         shape = list(getattr(state_dict[key], "shape", ("no tensor",)))
@@ -119,6 +120,25 @@ def _check_sites(growth: Growth, manifest: Manifest) -> None:
     )
 
 
+def _check_feature_dims(growth: Growth, manifest: Manifest) -> None:
+    """Bodies were made for the dimension that held features; where there is none, the model's own stays."""
+    for seed in growth.by_index:
+        body, theirs = manifest.bodies.get(seed.name), manifest.feature_dims.get(seed.name)
+        if body is None or body.stage == Stage.EMBARGOED or theirs is None:
+            continue
+        shape = manifest.values[seed.name][0]
+        try:
+            mine = seed.feature_dim_of(shape)
+        except SiteError as error:
+            raise CheckpointError(f"the checkpoint does not fit, and nothing of it was loaded: {error}") from error
+        if mine not in (None, theirs):
+            raise CheckpointError(
+                f"the checkpoint does not fit this model, and nothing of it was loaded: at site {seed.name!r} its body was "
+                f"made for values of shape {list(shape)} with features in dimension {theirs}, and this model has them in "
+                f"dimension {mine}. Morph the model with feature_dim={{{seed.name!r}: {theirs}}}. {ADVICE}"
+            )
+
+
 def _names(names: Iterable[str]) -> str:
     return ", ".join(map(repr, names)) or "none"
 
@@ -144,7 +164,8 @@ def _new_body(seed: KasminaSeed, record: BodyRecord, manifest: Manifest, number:
     if seed._spec is None:
         probe = copy.copy(seed)  # so that the seed learns nothing from a checkpoint that is refused
         shape, dtype, source = manifest.values[seed.name]
-        probe.note_value(shape, dtype, growth.state.step.device, source)
+        dim = manifest.feature_dims.get(seed.name)
+        probe.note_value(shape, dtype, growth.state.step.device, source, dim)
     try:
         kind = blueprints.get(record.blueprint)
         body = kind.build(probe.site, record.config, seed=body_seed(manifest.model_seed, seed.name, number))

@@ -48,7 +48,8 @@ def unmorph(model: nn.Module, *, fold: bool = False) -> nn.Module:
             code reads besides, in a model that could not be traced, goes unseen.
 
     Raises:
-        MorphError: The model is not morphed, or a kept body cannot do without esper_fx. Nothing has changed then.
+        MorphError: The model is not morphed, a kept body cannot do without esper_fx, or a kept site of a loaded model is
+            not known well enough before its first call. Nothing has changed then.
     """
     source = uncompiled(model)
     if not isinstance(source, MorphableModel):
@@ -89,6 +90,10 @@ def _rebuild_traced(scope: Scope, kept: Mapping[str, SeedSnapshot], memo: dict[i
     names = {site: _add_body(bodies, site, scope.path, seed, memo) for site, seed in kept.items()}
     for site, nodes in scope.seeds.items():
         for node in nodes:
+            leaf = node.args[0]
+            assert isinstance(leaf, fx.Node)
+            if leaf.op == "call_module":
+                _check_seen(kept[site], module.get_submodule(str(leaf.target)))
             _resolve(node, f"{holder}.{names[site]}", kept[site])
     for node in [n for n in scope.graph.nodes if n.op == "get_attr" and str(n.target).startswith(f"{NAMESPACE}.")]:
         scope.graph.erase_node(node)
@@ -108,12 +113,23 @@ def _rebuild_python(scope: Scope, kept: Mapping[str, SeedSnapshot], memo: dict[i
     holder, bodies = _free_name(HOLDER, module), nn.Module()
     name = _add_body(bodies, site, scope.path, seed, memo)
     body = bodies.get_submodule(name)
+    _check_seen(seed, module)
     add_residual_hook(module, holder, name, body, seed.alpha, seed.container, reads_source(seed.body))
     return {site: f"module {join(scope.path, holder, name)}"}
 
 
 _Rebuild = Callable[[Scope, Mapping[str, SeedSnapshot], dict[int, Any]], dict[str, str]]
 _REBUILD: Mapping[Swap, _Rebuild] = {Swap.TRACED: _rebuild_traced, Swap.PYTHON: _rebuild_python}
+
+
+def _check_seen(seed: SeedSnapshot, module: nn.Module) -> None:
+    """Raise MorphError where nobody knows whether a module returns a tensor or a tuple."""
+    own = not type(module).__module__.startswith("torch.nn.modules.")
+    if not seed.seen and (own or isinstance(module, nn.RNNBase | nn.MultiheadAttention)):
+        raise MorphError(
+            f"nothing has flowed through site {seed.site!r} since its body was loaded, and whether the module there returns "
+            "a tensor or a tuple decides what the plain model must do: call the model once before unmorph()"
+        )
 
 
 def _resolve(node: fx.Node, target: str, seed: SeedSnapshot) -> None:

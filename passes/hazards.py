@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dis
 import inspect
 import types
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import nn
 
 #: Names in a forward's code, and what tracing would do to what they stand for.
@@ -32,10 +35,14 @@ def hazard(module: nn.Module) -> str | None:
 
     What is looked for: names (``self.training``, grad mode, autocast, ``checkpoint``, ``Function.apply``, ``random``),
     assignments to attributes, tests for ``isinstance(x, Tensor)`` and decorators, in the forward and in what it calls of
-    its own class and its own file. Some of it may be harmless where it stands; running it as Python is always right.
+    its own class, its own file and modules of its own package; and ``Function.apply`` under other names, in these, in
+    closures and in attributes. Some of it may be harmless where it stands; running it as Python is always right.
     """
     kind: Any = type(module)
-    return _hazard(kind)
+    why = _hazard(kind)
+    if why is None and any(_is_own_gradient(value) for value in vars(module).values()):
+        return _NAMES["apply"]
+    return why
 
 
 @lru_cache(maxsize=4096)
@@ -54,14 +61,37 @@ def _of_function(function: object, kind: type[nn.Module], depth: int, seen: set[
     found = _of_code(code)
     if found is not None or depth == 0:
         return found
-    scope = getattr(function, "__globals__", {})
-    for name in code.co_names:
-        for found_there in (inspect.getattr_static(kind, name, None), scope.get(name)):
-            called = getattr(found_there, "__func__", found_there)  # of a static method or a class method
-            own = isinstance(called, types.FunctionType) and not called.__module__.startswith("torch.")
-            if own and (found := _of_function(called, kind, depth - 1, seen)) is not None:
-                return found
+    for found_there in _named(function, code, kind):
+        if _is_own_gradient(found_there):
+            return _NAMES["apply"]
+        called = getattr(found_there, "__func__", found_there)  # of a static method or a class method
+        own = isinstance(called, types.FunctionType) and not called.__module__.startswith("torch.")
+        if own and (found := _of_function(called, kind, depth - 1, seen)) is not None:
+            return found
     return None
+
+
+def _named(function: object, code: types.CodeType, kind: type[nn.Module]) -> Iterator[Any]:
+    """What the names in a function's code may stand for."""
+    scope = getattr(function, "__globals__", {})
+    package = kind.__module__.partition(".")[0]
+    for name in code.co_names:
+        yield inspect.getattr_static(kind, name, None)
+        value = scope.get(name)
+        yield value
+        if isinstance(value, types.ModuleType):
+            inside = [vars(value).get(inner) for inner in code.co_names]
+            own = value.__name__.partition(".")[0] == package
+            yield from (item for item in inside if own or _is_own_gradient(item))
+    for cell in getattr(function, "__closure__", None) or ():
+        with contextlib.suppress(ValueError):  # an empty cell
+            yield cell.cell_contents
+
+
+def _is_own_gradient(value: object) -> bool:
+    """Whether a value is the ``apply`` of a custom autograd function."""
+    owner = getattr(value, "__self__", None) if isinstance(value, types.MethodType | types.BuiltinMethodType) else None
+    return isinstance(owner, type) and issubclass(owner, torch.autograd.Function)
 
 
 def _of_code(code: types.CodeType) -> str | None:

@@ -63,6 +63,8 @@ def trace(draft: Draft) -> bool:
             message holds the reason.
     """
     kind = type(draft.root).__name__
+    if type(draft.root).forward is nn.Module.forward:
+        raise TraceError(f"{kind} has no forward: it only holds its parts")
     if (why := hazard(draft.root)) is not None:
         raise TraceError(f"{kind}.forward {why}")
     tracer = SiteTracer()

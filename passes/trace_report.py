@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from esper_fx.passes.hazards import hazard
 from esper_fx.passes.names import above, under, within
@@ -118,6 +119,8 @@ class _Calls:
 def _why_leaf(module: nn.Module) -> str:
     if has_own_call(module):
         return "it has hooks, which would run while tracing instead of at every call"
+    if is_parametrized(module):
+        return "it is parametrized (torch.nn.utils.parametrize), and called as a whole"
     why = hazard(module) if not type(module).__module__.startswith("torch.nn") else None
     return "a layer of a library" if why is None else f"its forward {why}"
 

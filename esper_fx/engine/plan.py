@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from esper_fx._torch import FakeTensorMode, pytree
 from esper_fx.engine.build import Ambient
 from esper_fx.engine.region import Region, Variant, shared_template
+from esper_fx.engine.strides import differing, restrided
 from esper_fx.ops import reads_source
 from esper_fx.passes import partition
 from esper_fx.passes.canonical import qualified_name
@@ -111,8 +112,15 @@ class Layout:
                 places[node] = len(places)
             metas = [TensorMeta.of(node.meta["example_value"]) for node in entering]
             template = shared_template(region_graph, self.module, metas, ambient)
+            strides = tuple(TensorMeta.of(node.meta["example_value"]).stride for node in leaving)
             regions.append(
-                Region(template, tuple(places[n] for n in entering), tuple(places[n] for n in leaving), seeds)
+                Region(
+                    template,
+                    tuple(places[n] for n in entering),
+                    tuple(places[n] for n in leaving),
+                    seeds,
+                    strides=strides,
+                )
             )
 
         def source(node: fx.Node) -> Any:
@@ -221,20 +229,28 @@ class Executable:
         self._places = plan.places
         self._outputs = plan.outputs
         self._steps = [
-            (kernel, region.inputs, _body_inputs(region, seeds), region.outputs, region.frees)
-            for region, kernel in zip(plan.regions, kernels, strict=True)
+            (kernel, region, _body_inputs(region, seeds)) for region, kernel in zip(plan.regions, kernels, strict=True)
         ]
+        #: For each region the positions of the outputs that need other strides; known once it has run.
+        self._odd: list[tuple[int, ...] | None] = [None] * len(self._steps)
 
     def __call__(self, args: Sequence[Any]) -> Any:
         environment = [*args, *[None] * (self._places - len(args))]
-        for kernel, inputs, bodies, outputs, frees in self._steps:
-            values = [environment[place] for place in inputs]
+        for number, (kernel, region, bodies) in enumerate(self._steps):
+            values = [environment[place] for place in region.inputs]
             for body in bodies:
                 values += body()
             results = kernel(*values)
-            for place, result in zip(outputs, results, strict=True):
+            odd = self._odd[number]
+            if odd is None:
+                odd = self._odd[number] = differing(results, region.strides)
+            if odd:
+                results = list(results)
+                for position in odd:
+                    results[position] = restrided(results[position], region.strides[position])
+            for place, result in zip(region.outputs, results, strict=True):
                 environment[place] = result
-            for place in frees:
+            for place in region.frees:
                 environment[place] = None
         return tuple(
             environment[item.index] if type(item) is _Place else item.value if type(item) is _Constant else item

@@ -17,7 +17,7 @@ from esper_fx.engine.build import Ambient
 from esper_fx.engine.plan import Assignment, Executable, Layout, Plan, Slot
 from esper_fx.engine.region import Variant
 from esper_fx.engine.service import Service, service
-from esper_fx.errors import BlueprintError
+from esper_fx.errors import BlueprintError, SiteError
 from esper_fx.passes.propagate import is_seed
 from esper_fx.passes.record import BodyGraph, body_signature, record
 from esper_fx.settings import settings
@@ -105,6 +105,8 @@ class SizedProgram:
         if not eager:
             try:
                 self._compile(args)
+            except SiteError:
+                raise  # what the user must change is told, as in eager mode
             except Exception as error:
                 self._give_up(error)
 

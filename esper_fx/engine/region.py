@@ -140,6 +140,7 @@ class Region:
         outputs: Places that its outputs go to.
         slots: Numbers of the program's seeds that sit in it, in order.
         frees: Places that nobody reads after it.
+        strides: Strides of its outputs, as PyTorch gives them and as later regions are compiled for.
     """
 
     template: Template
@@ -147,6 +148,7 @@ class Region:
     outputs: tuple[int, ...]
     slots: tuple[int, ...]
     frees: tuple[int, ...] = ()
+    strides: tuple[tuple[int, ...], ...] = ()
 
 
 _templates: weakref.WeakValueDictionary[str, Template] = weakref.WeakValueDictionary()

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import esper_fx
-from esper_fx.errors import MorphError, SiteError
+from esper_fx.errors import SiteError
 from esper_fx.passes.auto_sites import auto_sites
 from esper_fx.passes.flow import Flow, observe, of_graph
 from esper_fx.passes.pipeline import Draft
@@ -157,11 +157,6 @@ def test_a_model_that_cannot_be_traced_needs_example_inputs() -> None:
 def test_a_model_without_a_candidate_is_refused() -> None:
     with pytest.raises(SiteError, match=r"sites='auto' found no place in Sequential .* Name sites instead"):
         esper_fx.morph(nn.Sequential(nn.Linear(4, 4)), sites="auto", example_inputs=(torch.randn(2, 4),))
-
-
-def test_lazy_parameters_are_named() -> None:
-    with pytest.raises(MorphError, match=r"parameters without a shape yet \(0\.weight, 0\.bias\): call the model once"):
-        esper_fx.morph(nn.Sequential(nn.LazyLinear(4)), sites="0", example_inputs=(torch.randn(2, 4),))
 
 
 @given(description=descriptions())
