@@ -65,14 +65,10 @@ def trace_report(
         reasons: Why a module could not be traced, by its qualified name.
     """
     entries: dict[str, TracedModule] = {}
-    scope: str | None = None
     for name, module in root.named_modules():
         if name not in classes:  # morphing has added it
             continue
-        if name in drafts:
-            scope = name
-        elif scope is not None and not _under(name, scope):
-            scope = None
+        scope = _nearest(name, drafts)
         if name in reasons:
             how, why = How.PYTHON, reasons[name]
         elif scope is None:
@@ -105,6 +101,13 @@ def _why_leaf(module: nn.Module) -> str:
         return "it is parametrized (torch.nn.utils.parametrize), and called as a whole"
     why = hazard(module) if not type(module).__module__.startswith("torch.nn") else None
     return "a layer of a library" if why is None else f"its forward {why}"
+
+
+def _nearest(name: str, drafts: Mapping[str, Draft]) -> str | None:
+    """The innermost traced scope that a module lies in."""
+    while name and name not in drafts:
+        name = name.rpartition(".")[0]
+    return name if name in drafts else None
 
 
 def _under(name: str, scope: str) -> bool:

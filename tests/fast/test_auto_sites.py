@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import esper_fx
-from esper_fx.errors import MorphError, SiteError
+from esper_fx.errors import SiteError
 from esper_fx.passes.auto_sites import auto_sites
 from esper_fx.passes.flow import Flow, observe, of_graph
 from esper_fx.passes.pipeline import Draft

@@ -10,7 +10,17 @@ from torch import nn
 
 import esper_fx
 from benchmarks.zoo import Miss
-from benchmarks.zoo_compiled import Exact, Outcome, choose, difference, judge, rows, step, without_dropout, without_zeros
+from benchmarks.zoo_compiled import (
+    Exact,
+    Outcome,
+    choose,
+    difference,
+    judge,
+    rows,
+    step,
+    without_dropout,
+    without_zeros,
+)
 
 
 def test_a_difference_is_beside_the_largest_element_of_its_tensor() -> None:
@@ -21,7 +31,11 @@ def test_a_difference_is_beside_the_largest_element_of_its_tensor() -> None:
 
 
 def test_what_is_tiny_beside_the_others_of_its_kind_is_measured_by_a_thousandth_of_them() -> None:
-    expected = {"gradient of a": torch.tensor([100.0]), "gradient of b": torch.tensor([1e-7]), "output 0": torch.ones(1)}
+    expected = {
+        "gradient of a": torch.tensor([100.0]),
+        "gradient of b": torch.tensor([1e-7]),
+        "output 0": torch.ones(1),
+    }
     found = expected | {"gradient of b": torch.tensor([-1e-3])}
     worst, where = difference(found, expected)
     assert worst == pytest.approx(1e-2, rel=1e-3)

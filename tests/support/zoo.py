@@ -72,6 +72,7 @@ def keywords(seed: int) -> Calls:
 
 
 WHOLE = {"1": "parametrized"}
+FROM_PYTHON = {"": "control flow", "part": "control flow"}
 
 KINDS: dict[str, Kind] = {
     "tied weights": Kind(Tied, ["embed", "head"]),
@@ -85,18 +86,20 @@ KINDS: dict[str, Kind] = {
     "buffers changed in place": Kind(lambda: chain(nn.Sequential(Averages(), nn.BatchNorm1d(4))), ["1", "1.0"]),
     "buffers replaced": Kind(lambda: chain(Replaces()), ["1", "1.inner"], {"1": "assigns to an attribute"}),
     "containers": Kind(Containers, ["stages.*.a", "stages.*.b", "stages.0.b.1", "head.0.0"]),
-    "recomputes": Kind(lambda: Recomputes(False), ["blocks.0", "blocks.1.1", "blocks.2"], {"": "torch.utils.checkpoint"}),
+    "recomputes": Kind(
+        lambda: Recomputes(False), ["blocks.0", "blocks.1.1", "blocks.2"], {"": "torch.utils.checkpoint"}
+    ),
     "recomputes, reentrant": Kind(lambda: Recomputes(True), ["blocks.1", "blocks.2"], {"": "torch.utils.checkpoint"}),
-    "mixed precision": Kind(MixedPrecision, ["first", "half", "half.1"]),
+    "mixed precision": Kind(MixedPrecision, ["first", "middle", "middle.1"]),
     "tuple": Kind(lambda: Joins(Splits(tuple, True)), "part"),
     "list": Kind(lambda: Joins(Splits(list, True)), "part"),
     "named tuple": Kind(lambda: Joins(Splits(Several, True)), "part"),
-    "tuple from Python": Kind(lambda: Joins(Splits(tuple, False)), "part", {"part": "control flow"}),
-    "list from Python": Kind(lambda: Joins(Splits(list, False)), "part", {"part": "control flow"}),
-    "named tuple from Python": Kind(lambda: Joins(Splits(Several, False)), "part", {"part": "control flow"}),
+    "tuple from Python": Kind(lambda: Joins(Splits(tuple, False)), "part", FROM_PYTHON),
+    "list from Python": Kind(lambda: Joins(Splits(list, False)), "part", FROM_PYTHON),
+    "named tuple from Python": Kind(lambda: Joins(Splits(Several, False)), "part", FROM_PYTHON),
     "recurrent": Kind(Recurrent, ["lstm", "last"], inputs=tokens),
     "depends on values": Kind(Depends, ["one", "other"], {"": "control flow"}),
-    "keyword arguments": Kind(Keywords, ["part", "last"], {"": "", "part": ""}, keywords),
+    "keyword arguments": Kind(Keywords, ["part", "last"], {"": ""}, keywords),
     "dataclasses": Kind(Answers, ["part.layer", "last"]),
     "own gradient": Kind(lambda: chain(OwnGradient()), ["1", "1.inner"], {"1": "custom autograd function"}),
     "own gradient by another name": Kind(
