@@ -27,6 +27,9 @@ class SiteTracer(fx.Tracer):
         absent: Parameters of the root's forward that are None while it is traced.
     """
 
+    # Otherwise what the forward does to a buffer alone would be done while tracing, to the model's own, and never again.
+    proxy_buffer_attributes = True
+
     def __init__(self, absent: Collection[str] = ()) -> None:
         super().__init__()
         self.outputs: dict[str, list[Any]] = {}

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from esper_fx.passes.hazards import hazard
-from esper_fx.passes.names import above, under, within
+from esper_fx.passes.names import above, within
 from esper_fx.passes.pipeline import Draft
 from esper_fx.passes.trace import has_own_call
 
@@ -67,14 +67,10 @@ def trace_report(
     """
     entries: dict[str, TracedModule] = {}
     calls = {scope: _Calls.of(draft) for scope, draft in drafts.items()}
-    scope: str | None = None
     for name, module in root.named_modules():
         if name not in classes:  # morphing has added it
             continue
-        if name in drafts:
-            scope = name
-        elif scope is not None and not under(name, scope):
-            scope = None
+        scope = next((scope for scope in (name, *above(name), "") if scope in drafts), None)
         if name in reasons:
             how, why = How.PYTHON, reasons[name]
         elif scope is None:

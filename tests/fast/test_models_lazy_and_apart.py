@@ -96,8 +96,6 @@ def test_a_body_is_on_the_device_of_its_site(devices: tuple[str, str]) -> None:
     for module in (model, copy.deepcopy(model)):
         result = module(x)
         assert result.device.type == "meta"
-        result.sum().backward()
-        assert module.seeds["first"].body.up.weight.grad.device.type == devices[0]
     assert esper_fx.unmorph(model)(x).device.type == "meta"
     for seed in model.seeds.values():
         seed.prune()
@@ -107,14 +105,10 @@ def test_a_body_is_on_the_device_of_its_site(devices: tuple[str, str]) -> None:
 @pytest.mark.parametrize("device", ["cuda", "mps"])
 def test_alpha_and_gate_come_to_the_value(device: str) -> None:
     with FakeTensorMode(allow_non_fake_inputs=True):
-        x = torch.empty(3, 4, device=device, requires_grad=True)
-        body = nn.Linear(4, 4, device=device)
+        x = torch.empty(3, 4, device=device)
         alpha, gate = torch.full((5,), 0.5)[2].clone(), torch.ones(5)[2].clone()
-        result = ops.seed_forward(x, body, alpha, gate)
-        result.sum().backward()
+        result = ops.seed_forward(x, torch.sin, alpha, gate)
     assert result.device.type == device
-    assert x.grad is not None
-    assert x.grad.device.type == device
 
 
 def test_a_kernel_takes_alpha_and_gate_where_its_body_is() -> None:

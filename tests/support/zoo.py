@@ -72,6 +72,7 @@ def keywords(seed: int) -> Calls:
 
 
 WHOLE = {"1": "parametrized"}
+FROM_PYTHON = {"": "control flow", "part": "control flow"}
 
 KINDS: dict[str, Kind] = {
     "tied weights": Kind(Tied, ["embed", "head"]),
@@ -89,16 +90,16 @@ KINDS: dict[str, Kind] = {
         lambda: Recomputes(False), ["blocks.0", "blocks.1.1", "blocks.2"], {"": "torch.utils.checkpoint"}
     ),
     "recomputes, reentrant": Kind(lambda: Recomputes(True), ["blocks.1", "blocks.2"], {"": "torch.utils.checkpoint"}),
-    "mixed precision": Kind(MixedPrecision, ["first", "half", "half.1"]),
+    "mixed precision": Kind(MixedPrecision, ["first", "middle", "middle.1"]),
     "tuple": Kind(lambda: Joins(Splits(tuple, True)), "part"),
     "list": Kind(lambda: Joins(Splits(list, True)), "part"),
     "named tuple": Kind(lambda: Joins(Splits(Several, True)), "part"),
-    "tuple from Python": Kind(lambda: Joins(Splits(tuple, False)), "part", {"part": "control flow"}),
-    "list from Python": Kind(lambda: Joins(Splits(list, False)), "part", {"part": "control flow"}),
-    "named tuple from Python": Kind(lambda: Joins(Splits(Several, False)), "part", {"part": "control flow"}),
+    "tuple from Python": Kind(lambda: Joins(Splits(tuple, False)), "part", FROM_PYTHON),
+    "list from Python": Kind(lambda: Joins(Splits(list, False)), "part", FROM_PYTHON),
+    "named tuple from Python": Kind(lambda: Joins(Splits(Several, False)), "part", FROM_PYTHON),
     "recurrent": Kind(Recurrent, ["lstm", "last"], inputs=tokens),
     "depends on values": Kind(Depends, ["one", "other"], {"": "control flow"}),
-    "keyword arguments": Kind(Keywords, ["part", "last"], {"": "", "part": ""}, keywords),
+    "keyword arguments": Kind(Keywords, ["part", "last"], {"": ""}, keywords),
     "dataclasses": Kind(Answers, ["part.layer", "last"]),
     "own gradient": Kind(lambda: chain(OwnGradient()), ["1", "1.inner"], {"1": "custom autograd function"}),
     "own gradient by another name": Kind(

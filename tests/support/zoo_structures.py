@@ -152,8 +152,8 @@ class MixedPrecision(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first = nn.Linear(4, 4)
-        self.half = chain(nn.Tanh()).bfloat16()
+        self.middle = chain(nn.Tanh()).bfloat16()
         self.last = nn.Linear(4, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.last(self.half(self.first(x).bfloat16()).float())  # type: ignore[no-any-return]
+        return self.last(self.middle(self.first(x).bfloat16()).float())  # type: ignore[no-any-return]
