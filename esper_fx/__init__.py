@@ -25,7 +25,8 @@ from esper_fx.errors import (
 from esper_fx.growth import Morphology
 from esper_fx.lifecycle import GrowthEvent, Ledger, Stage
 from esper_fx.lineage import write_lineage
-from esper_fx.morph import MorphableModel, morph, wrap
+from esper_fx.model import MorphableModel
+from esper_fx.morph import morph, wrap
 from esper_fx.optim import attach
 from esper_fx.seed import Germination, KasminaSeed
 from esper_fx.settings import Settings, configure, settings

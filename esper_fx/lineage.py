@@ -145,7 +145,7 @@ def lineage_of(model: nn.Module) -> dict[str, Any]:
     Raises:
         MorphError: The model is neither.
     """
-    from esper_fx.morph import MorphableModel
+    from esper_fx.model import MorphableModel
 
     model = uncompiled(model)
     if isinstance(model, MorphableModel):

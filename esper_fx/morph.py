@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import nn
 
 from esper_fx._garbage import collecting_later
 from esper_fx.adoption import adopt, adopt_python, in_turn, plain_base
@@ -16,99 +15,21 @@ from esper_fx.checkpoint import watch_loading
 from esper_fx.drafting import Scoping
 from esper_fx.errors import MorphError, SiteError
 from esper_fx.feature_dim import FeatureDim, feature_dims
-from esper_fx.growth import Growth, Morphology
-from esper_fx.lifecycle import Ledger
+from esper_fx.growth import Growth
 from esper_fx.lineage import ATTRIBUTE, is_lineage
-from esper_fx.original import Footprint, Original, Swap, additions, footprint, original_of
+from esper_fx.model import RESERVED, MorphableModel
+from esper_fx.original import Original, Swap, additions, footprint, original_of
 from esper_fx.passes.auto_sites import MAX_SITES, auto_sites
 from esper_fx.passes.find_sites import Sites, no_match_message
 from esper_fx.passes.flow import observe, of_graph
 from esper_fx.passes.names import join
-from esper_fx.passes.pipeline import Draft, PassRecord
+from esper_fx.passes.pipeline import Draft
 from esper_fx.passes.trace import TraceError, trace
-from esper_fx.passes.trace_report import TraceReport, class_names, trace_report
+from esper_fx.passes.trace_report import class_names, trace_report
 from esper_fx.rehearsal import Inputs, rehearse
 from esper_fx.replica import replica
 from esper_fx.seed import KasminaSeed
 from esper_fx.state import KasminaStateLayout
-from esper_fx.stats import EngineStats, engine_stats
-
-logger = logging.getLogger(__name__)
-
-
-class MorphableModel(nn.Module):
-    """A model whose graph carries seeds. Made by :func:`morph`; never instantiated by hand.
-
-    It is of the original's class as well (except where that is a container), so its methods and attributes are there;
-    its forward is the spliced graph. Its own attributes are the ones below.
-    """
-
-    growth: Growth
-    pass_records: list[PassRecord]
-    graphs: dict[str, fx.Graph]
-    _trace_report: TraceReport
-    _additions: Footprint
-
-    @property
-    def seeds(self) -> Mapping[str, KasminaSeed]:
-        """The seeds by site."""
-        return self.growth.seeds
-
-    @property
-    def state(self) -> KasminaStateLayout:
-        """The state arrays of all seeds."""
-        return self.growth.state
-
-    @property
-    def morphology(self) -> Morphology:
-        """Which seeds have a live body, and which; hashable."""
-        return self.growth.morphology
-
-    @property
-    def ledger(self) -> Ledger:
-        """What has happened to the seeds, in order."""
-        return self.growth.ledger
-
-    @property
-    def clock(self) -> int:
-        """Training steps seen: steps of the attached optimizer, else forward calls."""
-        return self.growth.clock
-
-    @property
-    def pending(self) -> bool:
-        """Whether a change or a better plan is on its way."""
-        return self.growth.changes.pending
-
-    @property
-    def graph(self) -> fx.Graph:
-        """The spliced graph of the forward.
-
-        Raises:
-            MorphError: The model's own forward is plain Python, because it cannot be traced; see ``graphs``.
-        """
-        if "" not in self.graphs:
-            raise MorphError(f"the forward of {type(self).__name__} is plain Python; see graphs for its parts")
-        return self.graphs[""]
-
-    def trace_report(self) -> TraceReport:
-        """For every module of the original: traced, a leaf of a graph, or kept as plain Python, and why."""
-        return self._trace_report
-
-    def settle(self, timeout: float | None = None) -> bool:
-        """Block until no background work is left and the best plan runs; call it between steps.
-
-        Returns:
-            False if ``timeout`` seconds passed first.
-        """
-        return self.growth.changes.settle(timeout)
-
-    def stats(self) -> EngineStats:
-        """What the engine has done for this model."""
-        return engine_stats(self.growth)
-
-    def reset_stats(self) -> None:
-        """Begin to count anew what :meth:`stats` counts for this model; the caches' own statistics go on."""
-        self.growth.changes.reset_stats()
 
 
 def morph(
@@ -149,7 +70,7 @@ def morph(
         raise MorphError(f"morph() needs an nn.Module, not a {type(net).__name__}")
     if isinstance(net, MorphableModel) or any(isinstance(m, KasminaSeed) for m in net.modules()):
         raise MorphError(f"{type(net).__name__} is morphed already; morph the original instead")
-    taken = [name for name in (NAMESPACE, *_RESERVED) if hasattr(net, name)]
+    taken = [name for name in (NAMESPACE, *RESERVED) if hasattr(net, name)]
     if hasattr(net, ATTRIBUTE) and not is_lineage(getattr(net, ATTRIBUTE)):
         taken.append(ATTRIBUTE)
     if taken:
@@ -173,21 +94,6 @@ def morph(
 
 wrap = morph
 
-_RESERVED = (
-    "growth",
-    "seeds",
-    "morphology",
-    "ledger",
-    "clock",
-    "pending",
-    "settle",
-    "stats",
-    "reset_stats",
-    "graphs",
-    "pass_records",
-    "trace_report",
-)
-
 
 def _assemble(root: nn.Module, sites: Sites, feature_dim: FeatureDim, seed: int) -> MorphableModel:
     """Make a replica a model that can grow; the arguments are those of `morph`."""
@@ -208,7 +114,7 @@ def _assemble(root: nn.Module, sites: Sites, feature_dim: FeatureDim, seed: int)
     modules = dict(root.named_modules())
     growth.by_index = [KasminaSeed(name, i, growth, modules.get(name), dims.get(name)) for i, name in enumerate(names)]
     growth.seeds = {item.name: item for item in growth.by_index}
-    growth.state.to(next((t.device for t in _tensors(root) if not t.is_meta), torch.device("cpu")))
+    growth.state.to(_device(root))
     branch = Branch(growth).train(root.training)
     for item in growth.by_index:
         item.train(modules.get(item.name, root).training)
@@ -234,9 +140,10 @@ def _assemble(root: nn.Module, sites: Sites, feature_dim: FeatureDim, seed: int)
     return model
 
 
-def _tensors(net: nn.Module) -> Iterator[Tensor]:
-    yield from net.parameters()
-    yield from net.buffers()
+def _device(net: nn.Module) -> torch.device:
+    """Where a network is: where its first tensor with data is, if one has data."""
+    devices = dict.fromkeys(tensor.device for tensor in (*net.parameters(), *net.buffers()))
+    return next((device for device in devices if device.type != "meta"), next(iter(devices), torch.device("cpu")))
 
 
 def _before_eager_forward(model: nn.Module, args: Any) -> None:

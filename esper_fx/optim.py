@@ -16,7 +16,7 @@ from esper_fx.optimizer_state import add_names, match_names, match_what_was_load
 
 if TYPE_CHECKING:
     from esper_fx.growth import Growth
-    from esper_fx.morph import MorphableModel
+    from esper_fx.model import MorphableModel
     from esper_fx.seed import KasminaSeed
 
 
@@ -36,7 +36,7 @@ def attach(optimizer: Optimizer, model: MorphableModel, **options: Any) -> Attac
         OptimizerError: The optimizer holds none of the model's parameters, one is attached already, or it was loaded with a
             state of other parameters.
     """
-    from esper_fx.morph import MorphableModel
+    from esper_fx.model import MorphableModel
 
     if not isinstance(model, MorphableModel):
         raise OptimizerError(f"attach() needs a morphed model, not a {type(model).__name__}; call esper_fx.morph first")

@@ -40,7 +40,7 @@ def replica(net: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
 
 def _copy(value: Any, memo: dict[int, Any]) -> Any:
     """What `copy.deepcopy` returns, several times faster for modules that leave copying to it."""
-    kind = type(value)
+    kind: Any = type(value)
     if kind in _ATOMS:
         return value
     if (known := memo.get(id(value), memo)) is not memo:
@@ -53,7 +53,7 @@ def _copy(value: Any, memo: dict[int, Any]) -> Any:
     if kind is set and not value:
         return memo.setdefault(id(value), set())
     if isinstance(value, nn.Module) and _copies_plainly(kind):
-        module = memo[id(value)] = kind.__new__(kind)
+        module = memo[id(value)] = object.__new__(kind)
         # The memo must never see an object that does not outlive it, as this state.
         state = value.__getstate__()
         module.__setstate__({name: x if type(x) in _ATOMS else _copy(x, memo) for name, x in state.items()})

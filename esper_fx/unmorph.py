@@ -14,7 +14,7 @@ from esper_fx.branch import NAMESPACE
 from esper_fx.errors import MorphError
 from esper_fx.fold import fold_all
 from esper_fx.lineage import ATTRIBUTE, SeedSnapshot, describe, snapshot
-from esper_fx.morph import MorphableModel
+from esper_fx.model import MorphableModel
 from esper_fx.ops import reads_source
 from esper_fx.original import Swap, original_kind, take_back
 from esper_fx.passes.names import join

@@ -16,7 +16,7 @@ from esper_fx.branch import NAMESPACE
 from esper_fx.errors import AdapterError, BlueprintError, LifecycleError
 from esper_fx.growth import Order
 from esper_fx.lifecycle import Stage
-from esper_fx.morph import MorphableModel
+from esper_fx.model import MorphableModel
 from esper_fx.seed import Germination, KasminaSeed
 
 

@@ -19,7 +19,7 @@ from esper_fx.adapters.config import CONFIG_FILE
 from esper_fx.branch import NAMESPACE
 from esper_fx.errors import AdapterError, AdapterFileError, SiteError
 from esper_fx.lifecycle import Stage
-from esper_fx.morph import MorphableModel
+from esper_fx.model import MorphableModel
 from esper_fx.seed import KasminaSeed
 
 _NOT_THERE = (Stage.DORMANT, Stage.EMBARGOED, Stage.ERROR)

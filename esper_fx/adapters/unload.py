@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from esper_fx.errors import AdapterError, SiteError
 from esper_fx.lifecycle import Stage
-from esper_fx.morph import MorphableModel
+from esper_fx.model import MorphableModel
 from esper_fx.ops import reads_source
 
 _NOT_THERE = (Stage.DORMANT, Stage.EMBARGOED, Stage.ERROR)

@@ -1,0 +1,108 @@
+"""MorphableModel: what morph makes of a network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import fx, nn
+
+from esper_fx.errors import MorphError
+from esper_fx.growth import Growth, Morphology
+from esper_fx.lifecycle import Ledger
+from esper_fx.original import Footprint
+from esper_fx.passes.pipeline import PassRecord
+from esper_fx.passes.trace_report import TraceReport
+from esper_fx.seed import KasminaSeed
+from esper_fx.state import KasminaStateLayout
+from esper_fx.stats import EngineStats, engine_stats
+
+#: Names that a network to be morphed must not have attributes of.
+RESERVED = (
+    "growth",
+    "seeds",
+    "morphology",
+    "ledger",
+    "clock",
+    "pending",
+    "settle",
+    "stats",
+    "reset_stats",
+    "graphs",
+    "pass_records",
+    "trace_report",
+)
+
+
+class MorphableModel(nn.Module):
+    """A model whose graph carries seeds. Made by :func:`morph`; never instantiated by hand.
+
+    It is of the original's class as well (except where that is a container), so its methods and attributes are there;
+    its forward is the spliced graph. Its own attributes are the ones below.
+    """
+
+    growth: Growth
+    pass_records: list[PassRecord]
+    graphs: dict[str, fx.Graph]
+    _trace_report: TraceReport
+    _additions: Footprint
+
+    @property
+    def seeds(self) -> Mapping[str, KasminaSeed]:
+        """The seeds by site."""
+        return self.growth.seeds
+
+    @property
+    def state(self) -> KasminaStateLayout:
+        """The state arrays of all seeds."""
+        return self.growth.state
+
+    @property
+    def morphology(self) -> Morphology:
+        """Which seeds have a live body, and which; hashable."""
+        return self.growth.morphology
+
+    @property
+    def ledger(self) -> Ledger:
+        """What has happened to the seeds, in order."""
+        return self.growth.ledger
+
+    @property
+    def clock(self) -> int:
+        """Training steps seen: steps of the attached optimizer, else forward calls."""
+        return self.growth.clock
+
+    @property
+    def pending(self) -> bool:
+        """Whether a change or a better plan is on its way."""
+        return self.growth.changes.pending
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The spliced graph of the forward.
+
+        Raises:
+            MorphError: The model's own forward is plain Python, because it cannot be traced; see ``graphs``.
+        """
+        if "" not in self.graphs:
+            raise MorphError(f"the forward of {type(self).__name__} is plain Python; see graphs for its parts")
+        return self.graphs[""]
+
+    def trace_report(self) -> TraceReport:
+        """For every module of the original: traced, a leaf of a graph, or kept as plain Python, and why."""
+        return self._trace_report
+
+    def settle(self, timeout: float | None = None) -> bool:
+        """Block until no background work is left and the best plan runs; call it between steps.
+
+        Returns:
+            False if ``timeout`` seconds passed first.
+        """
+        return self.growth.changes.settle(timeout)
+
+    def stats(self) -> EngineStats:
+        """What the engine has done for this model."""
+        return engine_stats(self.growth)
+
+    def reset_stats(self) -> None:
+        """Begin to count anew what :meth:`stats` counts for this model; the caches' own statistics go on."""
+        self.growth.changes.reset_stats()
