@@ -337,7 +337,7 @@ class KasminaSeed(nn.Module):
         return {**self.__dict__, "recorded": {}, "error": None}
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@torch.compiler.assume_constant_result
 def _note_container(handle: int, index: int, kind: type) -> bool:
     """Tell a seed that its site's value comes in a tuple or list, while Dynamo traces."""
     host: Any = ops.hosts.get(handle)
