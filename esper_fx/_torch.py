@@ -35,6 +35,7 @@ __all__ = [
     "pytree",
     "quiet_fakes",
     "storage_id",
+    "triton_op",
     "uncompiled",
 ]
 
@@ -94,6 +95,24 @@ def uncompiled(module: nn.Module) -> nn.Module:
 
 #: Where a GraphModule's `meta` names the plain attributes that a deep copy keeps.
 PRESERVED_ATTRIBUTES = "_user_preserved_attributes"
+
+
+def triton_op(name: str) -> Callable[[Callable[..., Any]], Any]:
+    """`torch.library.triton_op` for an operator that changes no argument; says nothing where there is no triton.
+
+    The operator is decomposed where a graph is functionalised, so that Inductor sees the kernels in it, or the ATen
+    operators where the tensors are on a device without them.
+    """
+
+    def define(function: Callable[..., Any]) -> Any:
+        log = logging.getLogger("torch._library.triton")
+        disabled, log.disabled = log.disabled, True
+        try:
+            return torch.library.triton_op(name, function, mutates_args=())
+        finally:
+            log.disabled = disabled
+
+    return define
 
 
 BACKEND_NAME = "esper"

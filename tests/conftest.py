@@ -11,7 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
+
+if not torch.cuda.is_available():  # Triton decides when a kernel is defined, so before anything imports it
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import esper_fx
 
@@ -42,8 +46,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _has_gpu() -> bool:
-    import torch
-
     return torch.cuda.is_available()
 
 
@@ -69,8 +71,6 @@ def _session_settings(kernel_folder: Path) -> Iterator[None]:
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
     """Tests that compile nothing compute next to nothing: threads that wait for each other would only make them slow."""
-    import torch
-
     if not {"fast", "property"} & set(request.path.relative_to(TESTS).parts):
         yield
         return

@@ -1,4 +1,4 @@
-"""The esper:: operators and the arithmetic of a seed, as plain PyTorch.
+"""The operator esper::seed and the arithmetic of a seed, as plain PyTorch.
 
 A seed computes (DESIGN: select, never multiply)
 
@@ -17,11 +17,8 @@ and what is said of gradients into x through the body holds for the source.
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 import weakref
 from collections.abc import Callable
-from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -138,12 +135,6 @@ def _seed_fake(
     x: Tensor, alpha: Tensor, gate: Tensor, model: int, site: int, training: bool, source: Tensor | None = None
 ) -> Tensor:
     return torch.empty_like(x)
-
-
-@cache
-def source_digest() -> str:
-    """Sha256 of this module's source: kernels that contain the operators depend on it."""
-    return hashlib.sha256(inspect.getsource(inspect.getmodule(source_digest) or seed_input).encode()).hexdigest()
 
 
 #: Functions of ours that appear in region graphs, by qualified name.

@@ -1,0 +1,372 @@
+"""y = x + alpha * act(x A) B: forward and backward of a low-rank residual.
+
+Bytes moved for ``M`` rows of ``d`` features, beside A and B, which stay in the L2 cache: forward reads x and writes y;
+backward reads g and writes dx (rows), then reads x and g (weights). A program handles ``block_m`` whole rows and goes over
+their features twice, first to reduce them to ``r`` numbers and then to apply these; the second time they come from the L2
+cache. What a row is reduced to, ``hidden``, is kept for the backward pass: ``r / d`` of the bytes of x.
+
+Weight gradients are summed over rows in a fixed number of parts, one array each, and the parts are added up afterwards:
+deterministic, and nothing is gained by atomics, because a part has only ``d * r`` elements.
+
+Products are taken in the dtype of A and B, and accumulated in float32; x may have another one.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from esper_fx.kernels.device_math import activate, activate_grad, dot
+from esper_fx.kernels.launch import ACTIVATIONS, Config, exact, launch, padded, pick
+from esper_fx.kernels.rows import rows_of
+
+#: Largest rank; beyond it the tile of hidden values no longer fits the registers.
+MAX_RANK = 64
+
+#: Of the kernels that go over rows: the forward pass, and the backward pass for x. The first is the default.
+CONFIGS = (
+    Config(32, 128, 4, 3),
+    Config(16, 128, 4, 3),
+    Config(16, 256, 4, 2),
+    Config(64, 64, 4, 3),
+    Config(64, 128, 8, 3),
+    Config(128, 64, 8, 3),
+)
+
+#: Of the kernel that sums the weights' gradients.
+WEIGHTS_CONFIG = Config(64, 64, 4, 3)
+
+#: About how many programs sum the weights' gradients, whatever the shape.
+WEIGHTS_PROGRAMS = 512
+
+
+@triton.jit
+def forward_kernel(
+    x_ptr,
+    down_ptr,
+    up_ptr,
+    alpha_ptr,
+    y_ptr,
+    hidden_ptr,
+    rows,
+    positions,
+    features,
+    rank,
+    x_sample,
+    x_position,
+    x_feature,
+    y_sample,
+    y_position,
+    y_feature,
+    down_feature,
+    down_rank,
+    up_rank,
+    up_feature,
+    ACTIVATION: tl.constexpr,
+    EXACT: tl.constexpr,
+    SAVE: tl.constexpr,
+    RANK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    r = tl.arange(0, RANK)
+    inside, ranked = m < rows, r < rank
+    sample, position = (m // positions).to(tl.int64), (m % positions).to(tl.int64)
+    x_rows = x_ptr + sample * x_sample + position * x_position
+    y_rows = y_ptr + sample * y_sample + position * y_position
+    alpha = tl.load(alpha_ptr)
+    weight = down_ptr.dtype.element_ty
+
+    hidden = tl.zeros([BLOCK_M, RANK], tl.float32)
+    for start in range(0, tl.where(alpha == 0, 0, features), BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        valid = d < features
+        x = tl.load(
+            x_rows[:, None] + d[None, :] * x_feature,
+            mask=inside[:, None] & valid[None, :],
+            other=0.0,
+            eviction_policy="evict_last",
+        )
+        down = tl.load(
+            down_ptr + d[:, None] * down_feature + r[None, :] * down_rank,
+            mask=valid[:, None] & ranked[None, :],
+            other=0.0,
+        )
+        hidden = dot(x.to(weight), down, hidden, EXACT)
+    hidden = hidden.to(weight)
+    if SAVE:
+        tl.store(
+            hidden_ptr + m.to(tl.int64)[:, None] * rank + r[None, :], hidden, mask=inside[:, None] & ranked[None, :]
+        )
+    active = activate(hidden.to(tl.float32), ACTIVATION).to(weight)
+    for start in range(0, features, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        valid = d < features
+        here = inside[:, None] & valid[None, :]
+        x = tl.load(x_rows[:, None] + d[None, :] * x_feature, mask=here, other=0.0, eviction_policy="evict_first")
+        up = tl.load(
+            up_ptr + r[:, None] * up_rank + d[None, :] * up_feature, mask=ranked[:, None] & valid[None, :], other=0.0
+        )
+        delta = dot(active, up, tl.zeros([BLOCK_M, BLOCK_D], tl.float32), EXACT)
+        y = tl.where(alpha == 0, x.to(tl.float32), x.to(tl.float32) + alpha * delta)
+        tl.store(y_rows[:, None] + d[None, :] * y_feature, y.to(y_ptr.dtype.element_ty), mask=here)
+
+
+@triton.jit
+def backward_rows_kernel(
+    g_ptr,
+    hidden_ptr,
+    down_ptr,
+    up_ptr,
+    alpha_ptr,
+    gate_ptr,
+    dx_ptr,
+    dhidden_ptr,
+    dalpha_ptr,
+    rows,
+    positions,
+    features,
+    rank,
+    g_sample,
+    g_position,
+    g_feature,
+    dx_sample,
+    dx_position,
+    dx_feature,
+    down_feature,
+    down_rank,
+    up_rank,
+    up_feature,
+    ACTIVATION: tl.constexpr,
+    EXACT: tl.constexpr,
+    RANK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    r = tl.arange(0, RANK)
+    inside, ranked = m < rows, r < rank
+    sample, position = (m // positions).to(tl.int64), (m % positions).to(tl.int64)
+    g_rows = g_ptr + sample * g_sample + position * g_position
+    dx_rows = dx_ptr + sample * dx_sample + position * dx_position
+    alpha, gate = tl.load(alpha_ptr), tl.load(gate_ptr)
+    weight = down_ptr.dtype.element_ty
+    here = inside[:, None] & ranked[None, :]
+    places = m.to(tl.int64)[:, None] * rank + r[None, :]
+
+    back = tl.zeros([BLOCK_M, RANK], tl.float32)  # g Bᵀ
+    for start in range(0, tl.where(alpha == 0, 0, features), BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        valid = d < features
+        g = tl.load(
+            g_rows[:, None] + d[None, :] * g_feature,
+            mask=inside[:, None] & valid[None, :],
+            other=0.0,
+            eviction_policy="evict_last",
+        )
+        up = tl.load(
+            up_ptr + d[:, None] * up_feature + r[None, :] * up_rank, mask=valid[:, None] & ranked[None, :], other=0.0
+        )
+        back = dot(g.to(weight), up, back, EXACT)
+    hidden = tl.load(hidden_ptr + places, mask=here, other=0.0).to(tl.float32)
+    products = tl.where(here, activate(hidden, ACTIVATION) * back, 0.0)
+    tl.store(dalpha_ptr + tl.program_id(0), tl.where(alpha == 0, 0.0, tl.sum(tl.sum(products, 1), 0)))
+    dhidden = tl.where(alpha == 0, 0.0, alpha * back * activate_grad(hidden, ACTIVATION)).to(weight)
+    tl.store(dhidden_ptr + places, dhidden, mask=here)
+
+    passed = tl.where(alpha == 0, 0.0, gate)
+    for start in range(0, features, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        valid = d < features
+        place = inside[:, None] & valid[None, :]
+        g = tl.load(g_rows[:, None] + d[None, :] * g_feature, mask=place, other=0.0, eviction_policy="evict_first")
+        down = tl.load(
+            down_ptr + r[:, None] * down_rank + d[None, :] * down_feature,
+            mask=ranked[:, None] & valid[None, :],
+            other=0.0,
+        )
+        through = dot(dhidden, down, tl.zeros([BLOCK_M, BLOCK_D], tl.float32), EXACT)
+        dx = tl.where(passed == 0, g.to(tl.float32), g.to(tl.float32) + passed * through)
+        tl.store(dx_rows[:, None] + d[None, :] * dx_feature, dx.to(dx_ptr.dtype.element_ty), mask=place)
+
+
+@triton.jit
+def backward_weights_kernel(
+    x_ptr,
+    g_ptr,
+    hidden_ptr,
+    dhidden_ptr,
+    alpha_ptr,
+    ddown_ptr,
+    dup_ptr,
+    rows,
+    positions,
+    features,
+    rank,
+    part_rows,
+    x_sample,
+    x_position,
+    x_feature,
+    g_sample,
+    g_position,
+    g_feature,
+    ACTIVATION: tl.constexpr,
+    EXACT: tl.constexpr,
+    RANK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    part = tl.program_id(1)
+    r = tl.arange(0, RANK)
+    valid, ranked = d < features, r < rank
+    alpha = tl.load(alpha_ptr)
+    weight = hidden_ptr.dtype.element_ty
+    first = part * part_rows
+    last = tl.minimum(first + part_rows, rows)
+
+    ddown = tl.zeros([BLOCK_D, RANK], tl.float32)
+    dup = tl.zeros([BLOCK_D, RANK], tl.float32)
+    for start in range(first, tl.where(alpha == 0, first, last), BLOCK_M):
+        m = start + tl.arange(0, BLOCK_M)
+        inside = m < last
+        sample, position = (m // positions).to(tl.int64), (m % positions).to(tl.int64)
+        here = valid[:, None] & inside[None, :]
+        x = tl.load(
+            x_ptr + (sample * x_sample + position * x_position)[None, :] + d[:, None] * x_feature, mask=here, other=0.0
+        )
+        g = tl.load(
+            g_ptr + (sample * g_sample + position * g_position)[None, :] + d[:, None] * g_feature, mask=here, other=0.0
+        )
+        places = m.to(tl.int64)[:, None] * rank + r[None, :]
+        kept = inside[:, None] & ranked[None, :]
+        hidden = tl.load(hidden_ptr + places, mask=kept, other=0.0).to(tl.float32)
+        dhidden = tl.load(dhidden_ptr + places, mask=kept, other=0.0)
+        ddown = dot(x.to(weight), dhidden, ddown, EXACT)
+        dup = dot(g.to(weight), activate(hidden, ACTIVATION).to(weight), dup, EXACT)
+    # Each lies as the weight of the layer does that it is the gradient of: [r, d] and [d, r].
+    of_part = part.to(tl.int64) * features * rank
+    kept = valid[:, None] & ranked[None, :]
+    tl.store(ddown_ptr + of_part + r[None, :] * features + d[:, None], ddown, mask=kept)
+    tl.store(dup_ptr + of_part + d[:, None] * rank + r[None, :], tl.where(alpha == 0, 0.0, alpha * dup), mask=kept)
+
+
+def forward(
+    x: Tensor, down: Tensor, up: Tensor, alpha: Tensor, activation: str, dim: int, config: int, save: bool
+) -> tuple[Tensor, Tensor]:
+    """y like ``x``, and hidden ``[rows, r]`` in the dtype of ``down`` (empty unless ``save``)."""
+    rows, tiles = rows_of(x, dim), pick(CONFIGS, config)
+    rank = down.shape[1]
+    y = torch.empty_like(rows.tensor)
+    out = rows_of(y, dim)
+    hidden = down.new_empty((rows.count if save else 0, rank))
+    launch(
+        forward_kernel,
+        (triton.cdiv(rows.count, tiles.block_m),),
+        rows.tensor,
+        down,
+        up,
+        alpha,
+        y,
+        hidden,
+        rows.count,
+        rows.positions,
+        rows.features,
+        rank,
+        *rows.strides,
+        *out.strides,
+        *down.stride(),
+        *up.stride(),
+        config=tiles,
+        ACTIVATION=ACTIVATIONS.index(activation),
+        EXACT=exact(down.dtype),
+        SAVE=save,
+        RANK=padded(rank),
+        BLOCK_M=tiles.block_m,
+        BLOCK_D=tiles.block_d,
+    )
+    return y, hidden
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    hidden: Tensor,
+    down: Tensor,
+    up: Tensor,
+    alpha: Tensor,
+    gate: Tensor,
+    activation: str,
+    dim: int,
+    config: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, A ``[d, r]``, B ``[r, d]`` and alpha (0-dim float32)."""
+    g, rows, tiles = rows_of(grad, dim), rows_of(x, dim), pick(CONFIGS, config)
+    rank = down.shape[1]
+    dx = torch.empty_like(rows.tensor)
+    out = rows_of(dx, dim)
+    programs = triton.cdiv(rows.count, tiles.block_m)
+    dhidden = torch.empty_like(hidden)
+    dalpha = alpha.new_empty(programs)
+    shared = {
+        "ACTIVATION": ACTIVATIONS.index(activation),
+        "EXACT": exact(down.dtype),
+        "RANK": padded(rank),
+    }
+    launch(
+        backward_rows_kernel,
+        (programs,),
+        g.tensor,
+        hidden,
+        down,
+        up,
+        alpha,
+        gate,
+        dx,
+        dhidden,
+        dalpha,
+        rows.count,
+        rows.positions,
+        rows.features,
+        rank,
+        *g.strides,
+        *out.strides,
+        *down.stride(),
+        *up.stride(),
+        config=tiles,
+        BLOCK_M=tiles.block_m,
+        BLOCK_D=tiles.block_d,
+        **shared,
+    )
+    tiles = WEIGHTS_CONFIG
+    blocks = triton.cdiv(rows.features, tiles.block_d)
+    parts = max(1, min(triton.cdiv(WEIGHTS_PROGRAMS, blocks), triton.cdiv(rows.count, tiles.block_m)))
+    part_rows = triton.cdiv(triton.cdiv(rows.count, parts), tiles.block_m) * tiles.block_m
+    ddown = down.new_empty((parts, rank, rows.features), dtype=torch.float32)
+    dup = up.new_empty((parts, rows.features, rank), dtype=torch.float32)
+    launch(
+        backward_weights_kernel,
+        (blocks, parts),
+        rows.tensor,
+        g.tensor,
+        hidden,
+        dhidden,
+        alpha,
+        ddown,
+        dup,
+        rows.count,
+        rows.positions,
+        rows.features,
+        rank,
+        part_rows,
+        *rows.strides,
+        *g.strides,
+        config=tiles,
+        BLOCK_M=tiles.block_m,
+        BLOCK_D=tiles.block_d,
+        **shared,
+    )
+    return dx, ddown.sum(0).to(down.dtype).t(), dup.sum(0).to(up.dtype).t(), dalpha.sum()

@@ -1,0 +1,28 @@
+"""The esper:: operators: schemas, fakes, references in ATen, autograd. ``seed`` is here, the fused ones in a file each.
+
+A fused operator's file is imported when it is first needed; the Triton kernels behind it are in ``esper_fx.kernels``.
+"""
+
+from __future__ import annotations
+
+from esper_fx.ops.digest import source_digest
+from esper_fx.ops.seed import (
+    GRAPH_FUNCTIONS,
+    SeedHost,
+    hosts,
+    reads_source,
+    seed_forward,
+    seed_input,
+    seed_output,
+)
+
+__all__ = [
+    "GRAPH_FUNCTIONS",
+    "SeedHost",
+    "hosts",
+    "reads_source",
+    "seed_forward",
+    "seed_input",
+    "seed_output",
+    "source_digest",
+]
