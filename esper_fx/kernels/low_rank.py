@@ -13,11 +13,14 @@ Products are taken in the dtype of A and B, and accumulated in float32; x may ha
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from esper_fx.kernels.build_cases import BuildCase
 from esper_fx.kernels.device_math import activate, activate_grad, dot
 from esper_fx.kernels.launch import ACTIVATIONS, Config, exact, launch, padded, pick
 from esper_fx.kernels.rows import rows_of
@@ -370,3 +373,24 @@ def backward(
         **shared,
     )
     return dx, ddown.sum(0).to(down.dtype).t(), dup.sum(0).to(up.dtype).t(), dalpha.sum()
+
+
+def build_cases() -> Iterator[BuildCase]:
+    """What is compiled ahead of time: all configurations in bfloat16, and the default one for other dtypes and ranks."""
+    for config in range(len(CONFIGS)):
+        yield _build_case(torch.bfloat16, 16, config)
+    yield _build_case(torch.bfloat16, 64, 0)
+    for dtype in (torch.float16, torch.float32):
+        for rank in (16, 64):
+            yield _build_case(dtype, rank, 0)
+
+
+def _build_case(dtype: torch.dtype, rank: int, config: int) -> BuildCase:
+    def call() -> None:
+        x = torch.empty((8192, 1024), dtype=dtype, device="meta")
+        down, up = x.new_empty((rank, 1024)).t(), x.new_empty((1024, rank)).t()
+        alpha = x.new_empty((), dtype=torch.float32)
+        _, hidden = forward(x, down, up, alpha, "identity", -1, config, save=True)
+        backward(x, x, hidden, down, up, alpha, alpha, "identity", -1, config)
+
+    return BuildCase(dtype, f"rank {rank}, config {config}", call, default=config == 0)
