@@ -16,6 +16,7 @@ from esper_fx._torch import triton_op
 from esper_fx.kernels.launch import runs_kernels
 from esper_fx.kernels.rows import rows_of
 
+
 @triton_op("esper::low_rank")
 def low_rank(
     x: Tensor,
