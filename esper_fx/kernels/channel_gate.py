@@ -7,15 +7,20 @@ opposite order, so that what the first one read last comes from the L2 cache: al
 A program sums a tile of channels over the positions of one part of one sample; where the channels of all samples are too few
 to fill a GPU, a sample has several parts, added up afterwards: deterministic, without atomics. The small layers between
 the two kernels are ATen's, in ``esper_fx.ops.channel_gate``: their bytes do not count.
+
+One binary serves any number of samples and any place of alpha in the state arrays: Triton does not specialise on these.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from esper_fx.kernels.build_cases import BuildCase
 from esper_fx.kernels.launch import Config, launch, pick
 from esper_fx.kernels.rows import Rows, rows_of
 from esper_fx.kernels.tiles import parts_for, power_of_two
@@ -26,13 +31,11 @@ CONFIGS = (
     Config(1024, 1, 4, 1),
     Config(512, 1, 4, 1),
     Config(512, 4, 4, 1),
-    Config(256, 8, 4, 1),
-    Config(2048, 1, 4, 1),
     Config(2048, 2, 8, 1),
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("samples", "parts", "part_steps"), do_not_specialize_on_alignment=("alpha_ptr",))
 def sum_kernel(
     x_ptr,
     g_ptr,
@@ -42,7 +45,7 @@ def sum_kernel(
     features,
     positions,
     parts,
-    part_positions,
+    part_steps,
     x_sample,
     x_position,
     x_feature,
@@ -63,13 +66,13 @@ def sum_kernel(
     alpha = tl.load(alpha_ptr)
     x_planes = x_ptr + sample.to(tl.int64) * x_sample + c.to(tl.int64)[:, None] * x_feature
     g_planes = g_ptr + sample.to(tl.int64) * g_sample + c.to(tl.int64)[:, None] * g_feature
-    first = part * part_positions
-    last = tl.minimum(first + part_positions, positions)
+    first = part * part_steps * BLOCK_P
+    last = tl.minimum(first + part_steps * BLOCK_P, positions)
 
     total = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
     for start in range(first, tl.where(alpha == 0, first, last), BLOCK_P):
         p = start + lanes
-        here = valid[:, None] & (p < last)[None, :]
+        here = valid[:, None] & (p < positions)[None, :]
         places = p.to(tl.int64)[None, :]
         if PRODUCT:
             x = tl.load(x_planes + places * x_position, mask=here, other=0.0, eviction_policy="evict_first")
@@ -82,7 +85,7 @@ def sum_kernel(
     tl.store(sums_ptr + row * features + c, tl.sum(total, 1), mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=("switch_ptr",))
 def scale_kernel(
     x_ptr,
     factor_ptr,
@@ -178,7 +181,7 @@ def _sums(x: Rows, g: Rows, alpha: Tensor, config: int, *, product: bool) -> Ten
     tiles = pick(CONFIGS, config)
     block_c, block_p = _tile(x, tiles)
     blocks = x.samples * triton.cdiv(x.features, block_c)
-    parts, part_positions = parts_for(x.positions, block_p, blocks)
+    parts, part_steps = parts_for(triton.cdiv(x.positions, block_p), blocks)
     sums = x.tensor.new_empty((parts, x.samples, x.features), dtype=torch.float32)
     launch(
         sum_kernel,
@@ -191,7 +194,7 @@ def _sums(x: Rows, g: Rows, alpha: Tensor, config: int, *, product: bool) -> Ten
         x.features,
         x.positions,
         parts,
-        part_positions,
+        part_steps,
         *x.strides,
         *g.strides,
         config=tiles,
@@ -210,3 +213,27 @@ def _tile(rows: Rows, tiles: Config) -> tuple[int, int]:
         return channels, power_of_two(rows.positions, elements // channels)
     positions = power_of_two(rows.positions, tiles.block_m)
     return power_of_two(rows.features, elements // positions), positions
+
+
+def build_cases() -> Iterator[BuildCase]:
+    """What is compiled ahead: large and small planes, both memory formats, usual dtypes, all configurations."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for memory_format in (torch.contiguous_format, torch.channels_last):
+            yield _build_case(dtype, 56, memory_format)
+        yield _build_case(dtype, 7, torch.contiguous_format)
+    for config in range(1, len(CONFIGS)):
+        for memory_format in (torch.contiguous_format, torch.channels_last):
+            yield _build_case(torch.bfloat16, 56, memory_format, config)
+
+
+def _build_case(dtype: torch.dtype, side: int, memory_format: torch.memory_format, config: int = 0) -> BuildCase:
+    def call() -> None:
+        x = torch.empty((32, 256, side, side), dtype=dtype, device="meta").to(memory_format=memory_format)
+        alpha, values = x.new_empty((), dtype=torch.float32), x.new_empty((32, 256), dtype=torch.float32)
+        pool(x, alpha, config)
+        dots(x, x, alpha, config)
+        scale(x, values, None, alpha, x, config)
+        scale(x, values, values, alpha, x, config)
+
+    layout = "channels last" if memory_format == torch.channels_last else "contiguous"
+    return BuildCase(dtype, f"{side}x{side}, {layout}, config {config}", call, default=config == 0)

@@ -10,16 +10,20 @@ part of the map, and only then across the tile; the parts are added up afterward
 holds as many rows of the filter as registers allow; where that is not all, others read the same tiles of x and g at
 about the same time, from L2.
 
-1-d is 2-d with one row.
+1-d is 2-d with one row. One binary serves any number of samples and any place of alpha and gate in the state arrays: Triton
+does not specialise on these.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from esper_fx.kernels.build_cases import BuildCase
 from esper_fx.kernels.launch import Config, launch, pick
 from esper_fx.kernels.rows import Rows, rows_of
 from esper_fx.kernels.tiles import parts_for, power_of_two
@@ -40,7 +44,7 @@ WEIGHTS_CONFIG = Config(64, 8, 4, 1)
 HELD = 9
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=("alpha_ptr", "gate_ptr"))
 def convolve_kernel(
     x_ptr,
     weight_ptr,
@@ -108,7 +112,7 @@ def convolve_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("samples", "part_steps"), do_not_specialize_on_alignment=("alpha_ptr",))
 def weights_kernel(
     x_ptr,
     g_ptr,
@@ -192,7 +196,7 @@ def backward(
     held_rows = min(filter_rows, max(1, HELD // filter_columns))
     programs = triton.cdiv(filter_rows, held_rows) * triton.cdiv(rows.features, block_c)
     steps = rows.samples * triton.cdiv(height, tile_h) * triton.cdiv(width, tile_w)
-    parts, part_steps = parts_for(steps, 1, programs)
+    parts, part_steps = parts_for(steps, programs)
     dweight = x.new_empty((parts, *weight.shape), dtype=torch.float32)
     dbias = x.new_empty((parts, rows.features), dtype=torch.float32)
     launch(
@@ -283,3 +287,36 @@ def _tile(rows: Rows, height: int, width: int, tiles: Config) -> tuple[int, int,
     lines = power_of_two(height, positions // columns)
     columns = power_of_two(width, positions // lines)
     return power_of_two(rows.features, elements // (lines * columns)), lines, columns
+
+
+def build_cases() -> Iterator[BuildCase]:
+    """What is compiled ahead: usual filters, large and small planes, memory formats and dtypes, and all configurations."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        yield _build_case(dtype, (56, 56), 3)
+    yield _build_case(torch.bfloat16, (7, 7), 3)
+    yield _build_case(torch.bfloat16, (1024,), 3)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        yield _build_case(torch.bfloat16, (56, 56), 7, memory_format)
+    yield _build_case(torch.bfloat16, (56, 56), 3, torch.channels_last)
+    for config in range(1, len(CONFIGS)):
+        for memory_format in (torch.contiguous_format, torch.channels_last):
+            yield _build_case(torch.bfloat16, (56, 56), 3, memory_format, config)
+
+
+def _build_case(
+    dtype: torch.dtype,
+    plane: tuple[int, ...],
+    kernel_size: int,
+    memory_format: torch.memory_format = torch.contiguous_format,
+    config: int = 0,
+) -> BuildCase:
+    def call() -> None:
+        x = torch.empty((32, 256, *plane), dtype=dtype, device="meta").to(memory_format=memory_format)
+        weight, bias = x.new_empty((256, 1, *(kernel_size for _ in plane))), x.new_empty(256)
+        alpha = x.new_empty((), dtype=torch.float32)
+        forward(x, weight, bias, alpha, config)
+        backward(x, x, weight, alpha, alpha, config)
+
+    layout = "channels last" if memory_format == torch.channels_last else "contiguous"
+    sizes, filters = "x".join(map(str, plane)), "x".join(str(kernel_size) for _ in plane)
+    return BuildCase(dtype, f"{filters} on {sizes}, {layout}, config {config}", call, default=config == 0)

@@ -14,18 +14,17 @@ def power_of_two(size: int, most: int) -> int:
     return power
 
 
-def parts_for(length: int, step: int, programs: int) -> tuple[int, int]:
+def parts_for(steps: int, programs: int) -> tuple[int, int]:
     """Into how many parts to cut what each of ``programs`` programs goes over, so that there is enough to run at once.
 
     Args:
-        length: What a program goes over.
-        step: How much of it at a time.
+        steps: How many steps a program takes.
         programs: How many programs there are before anything is cut.
 
     Returns:
-        The number of parts, at least 1, and the length of each but the last, a multiple of ``step``.
+        The number of parts, at least 1, and how many steps each takes, but the last perhaps fewer.
     """
-    steps = max(1, -(-length // step))
+    steps = max(1, steps)
     parts = min(steps, max(1, PROGRAMS // max(1, programs)))
     part_steps = -(-steps // parts)
-    return -(-steps // part_steps), part_steps * step
+    return -(-steps // part_steps), part_steps

@@ -100,6 +100,7 @@ def test_without_save_nothing_is_kept_and_no_gradient_is_to_be_had() -> None:
         y, *kept = channel_gate(x, *body.parameters(), scalar(1.0), scalar(1.0), save=False)
         assert torch.equal(y, channel_gate(x, *body.parameters(), scalar(1.0), scalar(1.0))[0])
     assert [tuple(tensor.shape) for tensor in kept] == [(0, 4), (0, 4), (0, 4)]
+    assert not any(tensor.requires_grad for tensor in channel_gate(x, *body.parameters(), scalar(1.0), scalar(1.0))[1:])
     message = "esper::channel_gate was called with save=False, but a gradient is asked for; pass save=True"
     with pytest.raises(RuntimeError, match=message):
         channel_gate(x, *body.parameters(), scalar(1.0), scalar(1.0), save=False)

@@ -1,8 +1,7 @@
-"""The kernels of esper::depthwise_conv against a seed in float64: on a GPU, or in Triton's interpreter."""
+"""The kernels of esper::depthwise_conv against a seed in float64."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,11 +12,10 @@ from torch import Tensor, nn
 
 from esper_fx.kernels import depthwise_conv as kernels
 from esper_fx.kernels import tiles
-from esper_fx.kernels.launch import interpreting
 from esper_fx.ops.depthwise_conv import depthwise_conv
 from tests.support.examples import examples
+from tests.support.kernels import DEVICE, dtypes
 from tests.support.map_operators import (
-    DEVICE,
     GRADIENT_LAYOUTS,
     LAYOUTS,
     TOLERANCES,
@@ -29,10 +27,8 @@ from tests.support.map_operators import (
     gradient_layouts,
     layouts,
     scalar,
-    unwritten_is_nan,
 )
 
-dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 sizes = st.sampled_from([1, 3, 5])
 sides = st.integers(1, 9)
 maps = st.one_of(
@@ -44,12 +40,6 @@ maps = st.one_of(
 )
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _gaps_are_found_out() -> Iterator[None]:
-    with unwritten_is_nan():
-        yield
-
-
 def run(
     x: Tensor, body: nn.Module, alpha: float, gate: float, grad: Tensor, config: int = 0
 ) -> tuple[Tensor, list[Tensor]]:
@@ -57,13 +47,12 @@ def run(
     x, grad = x.detach().to(DEVICE).requires_grad_(), grad.to(DEVICE)
     parameters = [parameter.detach().to(DEVICE).requires_grad_() for parameter in body.parameters()]
     factor = scalar(alpha).to(DEVICE).requires_grad_()
-    with interpreting():
-        y = depthwise_conv(x, *parameters, factor, scalar(gate).to(DEVICE), config)
-        gradients = torch.autograd.grad(y, [x, *parameters, factor], grad)
+    y = depthwise_conv(x, *parameters, factor, scalar(gate).to(DEVICE), config)
+    gradients = torch.autograd.grad(y, [x, *parameters, factor], grad)
     return y.detach().cpu(), [gradient.cpu() for gradient in gradients]
 
 
-@examples(40)
+@examples(60)
 @given(
     maps,
     dtypes,
@@ -134,7 +123,7 @@ def test_an_empty_batch_has_empty_results_and_no_gradients() -> None:
     assert all(bool((gradient == 0).all()) for gradient in others)
 
 
-@pytest.mark.skipif(DEVICE.type != "cpu", reason="the map lies in a sparse file")
+@pytest.mark.skipif(DEVICE != "cpu", reason="the map lies in a sparse file")
 def test_offsets_may_pass_2_to_the_31(tmp_path: Path) -> None:
     torch.manual_seed(0)
     x, grad = far_apart(tmp_path / "map", (1, 3, 4)), torch.randn(1, 3, 4).half()
