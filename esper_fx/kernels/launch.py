@@ -1,11 +1,12 @@
-"""When kernels run, how they are launched, and the tile configurations that they come in."""
+"""When kernels run, how they are launched or recorded instead, and the tile configurations that they come in."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -17,6 +18,13 @@ ACTIVATIONS = ("identity", "relu", "gelu", "silu")
 
 #: Whether operators on CPU tensors run their kernels in Triton's interpreter.
 _interpreting: ContextVar[bool] = ContextVar("esper_fx_interpreting", default=False)
+
+#: Where launches go that are recorded instead of made.
+_record: ContextVar[list[Launch] | None] = ContextVar("esper_fx_launch_record", default=None)
+
+
+#: What is called with a kernel before it is launched for the first time on a device.
+_preparations: list[Callable[[Any], object]] = []
 
 
 @dataclass(frozen=True)
@@ -34,6 +42,23 @@ class Config:
     block_d: int
     num_warps: int
     num_stages: int
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A launch of a kernel.
+
+    Attributes:
+        kernel: A ``triton.jit`` function.
+        grid: Number of programs in each dimension.
+        args: Its tensors and numbers.
+        constants: Its ``tl.constexpr`` parameters, and Triton's options such as ``num_warps``.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    constants: dict[str, Any]
 
 
 def runs_kernels(x: Tensor) -> bool:
@@ -54,6 +79,17 @@ def interpreting() -> Iterator[None]:
         _interpreting.reset(token)
 
 
+@contextlib.contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Collect the launches made meanwhile instead of making them; for tensors on the device ``meta``."""
+    launches: list[Launch] = []
+    token = _record.set(launches)
+    try:
+        yield launches
+    finally:
+        _record.reset(token)
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, config: Config | None = None, **constants: Any) -> None:
     """Launch a kernel, so that it is visible to whoever traces the operator around it.
 
@@ -68,9 +104,28 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, config: Config | None
         return
     if config is not None:
         constants |= {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    record = _record.get()
+    if record is not None:
+        record.append(Launch(kernel, grid, args, constants))
+        return
     if hasattr(kernel, "create_binder"):  # compiled; in the interpreter there is no such thing to trace
+        _prepare(kernel, next(arg.device for arg in args if isinstance(arg, Tensor)))
         kernel = torch.library.wrap_triton(kernel)
     kernel[grid](*args, **constants)
+
+
+def before_first_launch(prepare: Callable[[Any], object]) -> None:
+    """Have ``prepare(kernel)`` called before a kernel is launched for the first time on a device in this process.
+
+    It may be called where the launch is only traced, and where there is no device.
+    """
+    _preparations.append(prepare)
+
+
+@cache
+def _prepare(kernel: Any, device: torch.device) -> None:
+    for prepare in _preparations:
+        prepare(kernel)
 
 
 def exact(dtype: torch.dtype) -> bool:
