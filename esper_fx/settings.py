@@ -40,6 +40,7 @@ class Settings:
         max_entries: Kernels kept in memory.
         max_bytes: Bytes of kernels kept in memory.
         blocks: Whether the ``blocks`` plan is built, so that a change goes live before the whole program is compiled anew.
+        fused_kernels: Whether fused Triton kernels run a seed on a GPU where they are measured to be faster.
         embargo_steps: Clock ticks that a pruned site stays closed.
         incubation_alpha: Alpha of a seed while it incubates.
     """
@@ -54,6 +55,7 @@ class Settings:
     max_entries: int = 256
     max_bytes: int = 1 << 30
     blocks: bool = True
+    fused_kernels: bool = True
     embargo_steps: int = 32
     incubation_alpha: float = 1.0
 
@@ -66,7 +68,7 @@ class Settings:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
                 raise SettingsError(f"setting {name}={value!r}: expected a number from {least} to {most}")
-        for name in ("store", "blocks"):
+        for name in ("store", "blocks", "fused_kernels"):
             if not isinstance(getattr(self, name), bool):
                 raise SettingsError(f"setting {name}={getattr(self, name)!r}: expected True or False")
 

@@ -12,9 +12,14 @@ import torch
 from torch import fx
 
 from esper_fx import _torch, ops
+from esper_fx.cache import ArtifactStore
+from esper_fx.engine.annotate import annotate
+from esper_fx.engine.choice import Chooser, has_kernels
+from esper_fx.errors import StoreError
 from esper_fx.passes import serialize
-from esper_fx.passes.propagate import propagate
+from esper_fx.passes.lower import lower
 from esper_fx.passes.record import TensorMeta
+from esper_fx.settings import settings
 
 TARGET = "esper_fx.engine.build:run_job"
 WARM_TARGET = "esper_fx.engine.build:warm"
@@ -29,12 +34,14 @@ class Ambient:
         autocast: For each device type with autocast on, its dtype.
         environment: Versions, CPU features, accelerator and numeric flags.
         inductor: The user's Inductor settings.
+        fused: Whether fused kernels may take the place of what Inductor makes.
     """
 
     grad: bool
     autocast: tuple[tuple[str, torch.dtype], ...]
     environment: dict[str, str]
     inductor: dict[str, Any]
+    fused: bool = True
 
     @classmethod
     def current(cls) -> Ambient:
@@ -42,12 +49,12 @@ class Ambient:
         grad = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
         kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
         autocast = tuple((kind, torch.get_autocast_dtype(kind)) for kind in kinds)
-        return cls(grad, autocast, _torch.compile_environment(), _torch.inductor_settings())
+        return cls(grad, autocast, _torch.compile_environment(), _torch.inductor_settings(), settings().fused_kernels)
 
     def describe(self) -> dict[str, Any]:
         """A JSON value, for keys."""
         autocast = [[kind, str(dtype)] for kind, dtype in self.autocast]
-        return {"grad": self.grad, "autocast": autocast, "environment": self.environment}
+        return {"grad": self.grad, "autocast": autocast, "environment": self.environment, "fused": self.fused}
 
     @contextlib.contextmanager
     def on_this_thread(self) -> Iterator[None]:
@@ -76,19 +83,30 @@ class Ambient:
                     torch.set_num_threads(threads)
 
 
-def make_payload(module: fx.GraphModule, inputs: tuple[TensorMeta, ...], ambient: Ambient) -> bytes:
+def make_payload(
+    module: fx.GraphModule, inputs: tuple[TensorMeta, ...], ambient: Ambient, store: ArtifactStore | None
+) -> bytes:
     """Serialise what :func:`run_job` needs."""
-    return pickle.dumps((serialize.dumps(module), inputs, ambient))
+    return pickle.dumps((serialize.dumps(module), inputs, ambient, None if store is None else store.root))
 
 
 def run_job(payload: bytes) -> bytes:
     """Compile a region in a worker; returns the artifact's bytes."""
-    graph, inputs, ambient = pickle.loads(payload)
-    return compile_region(serialize.loads(graph), inputs, ambient, threads=1)[1]
+    graph, inputs, ambient, root = pickle.loads(payload)
+    store = None
+    if root is not None:
+        with contextlib.suppress(StoreError):
+            store = ArtifactStore(root, create=False)
+    return compile_region(serialize.loads(graph), inputs, ambient, store, threads=1)[1]
 
 
 def compile_region(
-    module: fx.GraphModule, inputs: tuple[TensorMeta, ...], ambient: Ambient, *, threads: int | None = None
+    module: fx.GraphModule,
+    inputs: tuple[TensorMeta, ...],
+    ambient: Ambient,
+    store: ArtifactStore | None,
+    *,
+    threads: int | None = None,
 ) -> tuple[Callable[..., Any], bytes]:
     """Compile a region for these inputs; returns the callable and its serialised form.
 
@@ -96,22 +114,30 @@ def compile_region(
         module: The region's variant: a graph of PyTorch functions.
         inputs: What its placeholders are.
         ambient: The state to compile in.
+        store: Where it is remembered which fused kernels are fast, or None.
         threads: Number of C++ compilations at once.
     """
     with ambient.in_this_process():
         annotate(module, inputs)
+        if ambient.fused and has_kernels(inputs):
+            module = _fused(module, inputs, ambient, store)
         cacheable = dict.fromkeys(ops.GRAPH_FUNCTIONS, ops.source_digest())
         examples = [meta.empty() for meta in inputs]
         return _torch.compile_graph(module, examples, cacheable, threads=threads)
 
 
-def annotate(module: fx.GraphModule, inputs: tuple[TensorMeta, ...]) -> tuple[TensorMeta, ...]:
-    """Give every node a fake value and return what the graph's outputs are; the ambient state must be set."""
-    with _torch.FakeTensorMode(allow_non_fake_inputs=True):
-        propagate(module, [meta.empty() for meta in inputs])
-    output = next(iter(reversed(module.graph.nodes)))
-    values = [node.meta["example_value"] for node in output.args[0]]
-    return tuple(TensorMeta.of(value) for value in values)
+def _fused(
+    module: fx.GraphModule, inputs: tuple[TensorMeta, ...], ambient: Ambient, store: ArtifactStore | None
+) -> fx.GraphModule:
+    """The region with fused kernels where these are fastest; the module itself stays as it is, to run eagerly."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(module.graph, {}))
+    choose = Chooser(ambient.environment, store)
+    if not lower(graph, choose=choose, autocast=dict(ambient.autocast).get("cuda")):
+        return module
+    fused = fx.GraphModule(module, graph)
+    annotate(fused, inputs)
+    return fused
 
 
 def warm(_: bytes) -> bytes:
@@ -123,5 +149,5 @@ def warm(_: bytes) -> bytes:
     x = graph.placeholder("x")
     product = graph.call_function(torch.mul, (x, 2.0))
     graph.output((graph.call_function(torch.relu, (product,)),))
-    compile_region(fx.GraphModule(torch.nn.Module(), graph), (meta,), ambient, threads=1)
+    compile_region(fx.GraphModule(torch.nn.Module(), graph), (meta,), ambient, None, threads=1)
     return b""

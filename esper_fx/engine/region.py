@@ -7,14 +7,16 @@ import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
 
 from esper_fx import ops
-from esper_fx.cache import KernelKey
+from esper_fx.cache import ArtifactStore, KernelKey
 from esper_fx.engine import build
+from esper_fx.engine.annotate import annotate
 from esper_fx.engine.build import Ambient
 from esper_fx.passes.canonical import canonical, digest
 from esper_fx.passes.record import BodyGraph, TensorMeta
@@ -50,7 +52,7 @@ class Variant:
         self.inputs = tuple(inputs)
         self.ambient = template.ambient
         with self.ambient.on_this_thread():
-            outputs = build.annotate(self.module, self.inputs)
+            outputs = annotate(self.module, self.inputs)
         self.output_grads = tuple(meta.requires_grad for meta in outputs)
         self.key = KernelKey.of(
             graph=canonical(graph, self.module),
@@ -63,9 +65,9 @@ class Variant:
         self.error: BaseException | None = None
         self.future: Future[Any] | None = None
 
-    def payload(self) -> bytes:
-        """The job for a worker."""
-        return build.make_payload(self.module, self.inputs, self.ambient)
+    def payload(self, store: ArtifactStore | None) -> bytes:
+        """The job for a worker, which remembers in ``store`` what it measures."""
+        return build.make_payload(self.module, self.inputs, self.ambient, store)
 
     def request(self, service: Service, *, priority: int, retry: bool) -> None:
         """Ask for the kernel unless that was done before; ``kernel`` or ``error`` is set when it is decided.
@@ -79,7 +81,7 @@ class Variant:
         if service.compiler is None:
             self.kernel = self.module
             return
-        self.future = service.fetch(self.key, self.payload, priority)
+        self.future = service.fetch(self.key, partial(self.payload, service.store), priority)
         self.future.add_done_callback(self._decide)
 
     def _decide(self, future: Future[Any]) -> None:
@@ -87,9 +89,9 @@ class Variant:
         if self.error is None:
             self.kernel = future.result()
 
-    def compile_here(self) -> tuple[Any, bytes]:
+    def compile_here(self, store: ArtifactStore | None) -> tuple[Any, bytes]:
         """Compile in this process."""
-        return build.compile_region(self.module, self.inputs, self.ambient)
+        return build.compile_region(self.module, self.inputs, self.ambient, store)
 
 
 class Template:

@@ -68,7 +68,7 @@ class Service:
             key, load=_torch.load_graph, build=lambda: Job(build.TARGET, payload(), priority=priority)
         )
 
-    def obtain(self, key: KernelKey, compile_here: Callable[[], tuple[Any, bytes]]) -> Any:
+    def obtain(self, key: KernelKey, compile_here: Callable[[ArtifactStore | None], tuple[Any, bytes]]) -> Any:
         """The kernel, now: from memory, from the store, or compiled in this process, which is what a first call does."""
         kernel = self.cache.get(key)
         if kernel is not None:
@@ -86,7 +86,7 @@ class Service:
                 self.cache.put(key, kernel, nbytes=len(data))
                 return kernel
         started = time.perf_counter()
-        kernel, data = compile_here()
+        kernel, data = compile_here(self.store)
         self.foreground_seconds += time.perf_counter() - started
         self.foreground_compiles += 1
         self.cache.put(key, kernel, nbytes=len(data))

@@ -173,4 +173,4 @@ def test_without_data_the_operator_is_shaped_like_its_input() -> None:
 def test_the_digest_follows_the_source_and_the_functions_are_named() -> None:
     assert len(ops.source_digest()) == 64
     assert ops.source_digest() == ops.source_digest()
-    assert ops.GRAPH_FUNCTIONS == ("esper_fx.ops.seed_input", "esper_fx.ops.seed_output")
+    assert ops.GRAPH_FUNCTIONS == ("esper_fx.ops.seed.seed_input", "esper_fx.ops.seed.seed_output")
