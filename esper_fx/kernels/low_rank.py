@@ -3,8 +3,9 @@
 Bytes moved for ``M`` rows of ``d`` features, beside A and B, which stay in the L2 cache: forward reads x and writes y;
 backward reads g and writes dx (rows), then reads x and g (weights). A program handles ``block_m`` whole rows and goes over
 their features twice, first to reduce them to ``r`` numbers and then to apply these; the second time they come from the L2
-cache. What a row is reduced to, ``hidden``, is kept for the backward pass: ``r / d`` of the bytes of x. Statistics of x cost no bytes of it:
-they are taken where x is applied, from registers.
+cache. What a row is reduced to, ``hidden``, is kept for the backward pass: ``r / d`` of the bytes of x.
+
+Statistics of x, where they are asked for, are taken when x is applied, from registers: 32 bytes a program are written.
 
 Weight gradients are summed over rows in a fixed number of parts, one array each, and the parts are added up afterwards:
 deterministic, and nothing is gained by atomics, because a part has only ``d * r`` elements.
@@ -24,7 +25,7 @@ from torch import Tensor
 from esper_fx.kernels.build_cases import BuildCase
 from esper_fx.kernels.device_math import activate, activate_grad, dot
 from esper_fx.kernels.launch import ACTIVATIONS, Config, exact, launch, padded, pick
-from esper_fx.kernels.moments import FIELDS, accumulate, store_partial
+from esper_fx.kernels.moments import FIELDS, accumulate, merge_partials, store_partial
 from esper_fx.kernels.rows import rows_of
 
 #: Largest rank; beyond it the tile of hidden values no longer fits the registers.
@@ -421,14 +422,20 @@ def build_cases() -> Iterator[BuildCase]:
     for dtype in (torch.float16, torch.float32):
         for rank in (16, 64):
             yield _build_case(dtype, rank, 0)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        yield _build_case(dtype, 16, 0, stats=True)
 
 
-def _build_case(dtype: torch.dtype, rank: int, config: int) -> BuildCase:
+def _build_case(dtype: torch.dtype, rank: int, config: int, *, stats: bool = False) -> BuildCase:
     def call() -> None:
         x = torch.empty((8192, 1024), dtype=dtype, device="meta")
         down, up = x.new_empty((rank, 1024)).t(), x.new_empty((1024, rank)).t()
         alpha = x.new_empty((), dtype=torch.float32)
-        _, hidden, _ = forward(x, down, up, alpha, "identity", -1, config, save=True)
-        backward(x, x, hidden, down, up, alpha, alpha, "identity", -1, config)
+        _, hidden, partials = forward(x, down, up, alpha, "identity", -1, config, save=True, stats=stats)
+        if stats:
+            merge_partials(partials, x.numel())
+        else:
+            backward(x, x, hidden, down, up, alpha, alpha, "identity", -1, config)
 
-    return BuildCase(dtype, f"rank {rank}, config {config}", call, default=config == 0)
+    label = f"rank {rank}, config {config}" + ", statistics" * stats
+    return BuildCase(dtype, label, call, default=config == 0)

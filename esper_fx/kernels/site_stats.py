@@ -6,11 +6,14 @@ bytes a program are written, and read by the kernel that merges them: 512 progra
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from esper_fx.kernels.build_cases import BuildCase
 from esper_fx.kernels.launch import Config, launch, pick
 from esper_fx.kernels.moments import FIELDS, accumulate, merge_partials, store_partial
 from esper_fx.kernels.rows import dense
@@ -74,3 +77,17 @@ def forward(x: Tensor, config: int) -> Tensor:
         STAGES=tiles.num_stages,
     )
     return merge_partials(partials, x.numel())
+
+
+def build_cases() -> Iterator[BuildCase]:
+    """What is compiled ahead of time: all configurations in each dtype."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for config in range(len(CONFIGS)):
+            yield _build_case(dtype, config)
+
+
+def _build_case(dtype: torch.dtype, config: int) -> BuildCase:
+    def call() -> None:
+        forward(torch.empty((8192, 1024), dtype=dtype, device="meta"), config)
+
+    return BuildCase(dtype, f"config {config}", call, default=config == 0)

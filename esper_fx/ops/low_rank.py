@@ -19,7 +19,6 @@ from esper_fx.ops.site_stats import FIELDS as STATS_FIELDS
 from esper_fx.ops.site_stats import reference as reference_stats
 
 
-
 @triton_op("esper::low_rank")
 def low_rank(
     x: Tensor,
