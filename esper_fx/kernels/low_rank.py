@@ -423,7 +423,8 @@ def build_cases() -> Iterator[BuildCase]:
         for rank in (16, 64):
             yield _build_case(dtype, rank, 0)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        yield _build_case(dtype, 16, 0, stats=True)
+        for rank in (16, 64):
+            yield _build_case(dtype, rank, 0, stats=True)
 
 
 def _build_case(dtype: torch.dtype, rank: int, config: int, *, stats: bool = False) -> BuildCase:

@@ -4,8 +4,9 @@ Bytes moved for rows of ``d`` features and ``k`` directions: the first kernel re
 row; the second reads that and g. Omega is never in memory: a program hashes the places of the tile it needs. The sums over
 rows are taken in a number of parts that the shape fixes, ``4 k d`` bytes each, and the parts are added up afterwards.
 
-Products with Omega's signs are exact in any dtype, and accumulated in float32. Products with g are taken in bfloat16 where g
-is that, in float32 where it is that, and in TF32 where it is float16, which that holds exactly and without overflow.
+Products with Omega's signs are exact, also those of float32, which is the sum of three bfloat16 numbers: tensor cores take
+them all, and accumulate in float32 (infinity becomes NaN that way). Products with g are taken in bfloat16 where g is that, in
+float32 where it is that, and in TF32 where it is float16, which that holds exactly and without overflow.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ CONFIGS = (
 )
 
 #: Of the kernel that sums over rows.
-SUM_CONFIG = Config(64, 64, 4, 4)
+SUM_CONFIG = Config(32, 64, 4, 4)
 
 #: About how many programs sum over rows, whatever the shape.
 SUM_PROGRAMS = 512
@@ -65,7 +66,6 @@ def project_kernel(
     x_sample,
     x_position,
     x_feature,
-    EXACT: tl.constexpr,
     DIRECTIONS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -81,7 +81,15 @@ def project_kernel(
         valid = d < features
         x = tl.load(x_rows[:, None] + d[None, :] * x_feature, mask=inside[:, None] & valid[None, :], other=0.0)
         omega = signs(key, d[:, None], j[None, :], directions)
-        projected = dot(x, omega.to(x_ptr.dtype.element_ty), projected, EXACT)
+        if x_ptr.dtype.element_ty == tl.float32:
+            omega = omega.to(tl.bfloat16)
+            high = x.to(tl.bfloat16)
+            x -= high.to(tl.float32)
+            middle = x.to(tl.bfloat16)
+            low = (x - middle.to(tl.float32)).to(tl.bfloat16)
+            projected = tl.dot(high, omega, tl.dot(middle, omega, tl.dot(low, omega, projected)))
+        else:
+            projected = tl.dot(x, omega.to(x_ptr.dtype.element_ty), projected)
     projected = projected / tl.sqrt(tl.zeros_like(projected) + directions)
     tl.store(
         projected_ptr + m.to(tl.int64)[:, None] * directions + j[None, :],
@@ -156,7 +164,6 @@ def project(x: Tensor, key: int, directions: int, dim: int, config: int) -> Tens
         directions,
         *rows.strides,
         config=tiles,
-        EXACT=exact(x.dtype),
         DIRECTIONS=padded(directions),
         BLOCK_M=tiles.block_m,
         BLOCK_D=tiles.block_d,
