@@ -299,7 +299,7 @@ def forward(
     y = torch.empty_like(rows.tensor)
     out = rows_of(y, dim)
     hidden = down.new_empty((rows.count if save else 0, rank))
-    programs = triton.cdiv(rows.count, tiles.block_m)
+    programs, vector = triton.cdiv(rows.count, tiles.block_m), 16 // x.element_size()
     partials = x.new_empty((FIELDS, programs if stats else 0), dtype=torch.float64)
     launch(
         forward_kernel,
@@ -324,8 +324,8 @@ def forward(
         EXACT=exact(down.dtype),
         SAVE=save,
         STATS=stats,
-        LANES=32 * tiles.num_warps,
-        VECTOR=16 // x.element_size(),
+        LANES=min(32 * tiles.num_warps, tiles.block_m * tiles.block_d // vector),
+        VECTOR=vector,
         RANK=padded(rank),
         BLOCK_M=tiles.block_m,
         BLOCK_D=tiles.block_d,

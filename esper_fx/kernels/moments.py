@@ -106,7 +106,7 @@ def store_partial(partials_ptr, count, mean, squares, largest):
     tl.store(partials_ptr + 3 * programs + program, tl.max(largest, 0).to(tl.float64))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("partials", "elements"))
 def merge_kernel(partials_ptr, stats_ptr, partials, elements, LANES: tl.constexpr):
     lane = tl.arange(0, LANES)
     count = tl.zeros([LANES], tl.float64)

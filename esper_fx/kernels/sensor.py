@@ -54,7 +54,7 @@ def signs(key, feature, direction, directions):
     return tl.where((bits >> 31) == 0, 1.0, -1.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("key", "rows"))
 def project_kernel(
     x_ptr,
     projected_ptr,
@@ -98,7 +98,7 @@ def project_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("rows",))
 def sum_kernel(
     projected_ptr,
     g_ptr,

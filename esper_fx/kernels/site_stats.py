@@ -33,7 +33,7 @@ CONFIGS = (
 MOST_LANES = 65536
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("elements",))
 def partial_kernel(
     x_ptr, partials_ptr, elements, LOADS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr
 ):
