@@ -14,9 +14,11 @@ import sys
 import traceback
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
-from benchmarks.options import MODELS, NAMES, Options
+from benchmarks.gpu_timing import NoGpuError
+from benchmarks.options import MODELS, NAMES, NEED_GPU, Options
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -27,6 +29,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="few rounds, to see that it runs; not for reporting")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compiled", action="store_true", help='zoo: 20 models under backend "esper" against eager')
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cache: where the models are")
     parser.add_argument("--json", type=Path, help="file (with all: folder) for the JSON, default benchmarks/out")
     return parser
 
@@ -39,6 +42,9 @@ def _run(name: str, options: Options, path: Path | None, console: Console) -> bo
     try:
         report = importlib.import_module(f"benchmarks.{name}").run(options)
         written = report.write(path)
+    except NoGpuError as error:
+        console.print(f"[bold red]benchmark {name} could not be run:[/] {error}", highlight=False)
+        return False
     except Exception:
         console.print(f"[bold red]benchmark {name} could not be run:[/]")
         console.print(traceback.format_exc(), markup=False, highlight=False)
@@ -74,10 +80,12 @@ def main(arguments: list[str] | None = None) -> int:
         quick=chosen.quick,
         seed=chosen.seed,
         compiled=chosen.compiled,
+        device=chosen.device,
     )
     if chosen.name != "all":
         return 0 if _run(chosen.name, options, chosen.json, console) else 1
-    good = [_run(name, options, chosen.json and chosen.json / f"{name}.json", console) for name in NAMES]
+    names = [name for name in NAMES if name not in NEED_GPU or torch.cuda.is_available()]
+    good = [_run(name, options, chosen.json and chosen.json / f"{name}.json", console) for name in names]
     return 0 if all(good) else 1
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-NAMES = ("swap", "dormant", "active", "reuse", "restart", "zoo", "morph")
+NAMES = ("swap", "dormant", "active", "reuse", "restart", "zoo", "morph", "cache", "kernels", "gpu")
+#: Left out of `all` where there is no GPU.
+NEED_GPU = ("kernels", "gpu")
 MODELS = ("transformer", "cnn")
 
 
@@ -17,9 +19,11 @@ class Options:
         quick: Few rounds: to see that it runs, not for figures to report.
         seed: Of the models, the data and the order of sides.
         compiled: Compare what is compiled with eager (``zoo`` only).
+        device: Where the models are (``cache`` only): ``cpu`` or ``cuda``.
     """
 
     models: tuple[str, ...] = MODELS
     quick: bool = False
     seed: int = 0
     compiled: bool = False
+    device: str = "cpu"

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from time import sleep
 from typing import Any
@@ -24,7 +25,7 @@ from tests.support import models
 
 BLOCKS = "blocks.*"
 # A block in the middle, of the kind that is repeated: what is grown first where one site is grown.
-MIDDLE = {"transformer": "blocks.3", "cnn": "blocks.4"}
+MIDDLE = {"transformer": "blocks.3", "cnn": "blocks.4", "gpt2-small": "blocks.6", "resnet-50": "blocks.9"}
 LEARNING_RATE = 1e-4
 SETTLE_S = 300.0
 
@@ -32,12 +33,25 @@ SETTLE_S = 300.0
 FINE_SITES: dict[str, Sequence[str]] = {
     "transformer": ("blocks.*.attention", "blocks.*.feed_forward"),
     "cnn": ("blocks.*",),
+    "gpt2-small": ("blocks.*.attention", "blocks.*.feed_forward"),
+    "resnet-50": ("blocks.*",),
+}
+
+MODELS: dict[str, Callable[..., models.Example]] = {
+    "transformer": models.transformer,
+    "cnn": models.residual_cnn,
+    # As large as GPT-2 small and ResNet-50: 124 and 28 million parameters.
+    "gpt2-small": partial(models.transformer, vocabulary=50_304, width=768, depth=12, heads=12, tokens=1024, batch=8),
+    "resnet-50": partial(
+        models.residual_cnn, channels=(64, 128, 256, 512), blocks_per_stage=4, classes=1000, size=112, batch=32
+    ),
 }
 
 
-def case(name: str, seed: int = 0) -> models.Example:
+def case(name: str, seed: int = 0, device: str = "cpu") -> models.Example:
     """The model called ``name`` with its inputs and loss; equal seeds give equal parameters and data."""
-    return {"transformer": models.transformer, "cnn": models.residual_cnn}[name](seed=seed)
+    model, inputs, loss = MODELS[name](seed=seed)
+    return models.Example(model.to(device), tuple(value.to(device) for value in inputs), loss)
 
 
 @dataclass
@@ -50,6 +64,7 @@ class Loop:
         inputs: The model's arguments, the same in every step.
         loss: Maps the output to a scalar.
         optimizer: AdamW over the parameters of ``net``.
+        autocast: Whether forward passes run under autocast to bfloat16, on a GPU.
     """
 
     net: nn.Module
@@ -57,10 +72,12 @@ class Loop:
     inputs: tuple[Tensor, ...]
     loss: Callable[[Tensor], Tensor]
     optimizer: torch.optim.Optimizer
+    autocast: bool = False
 
     def gradients(self) -> Tensor:
         """Forward and backward, no update; returns the loss and leaves the gradients in place."""
-        loss = self.loss(self.forward(*self.inputs))
+        with torch.autocast("cuda", torch.bfloat16, enabled=self.autocast):
+            loss = self.loss(self.forward(*self.inputs))
         loss.backward()
         return loss
 
@@ -70,18 +87,20 @@ class Loop:
         self.optimizer.zero_grad(set_to_none=True)
 
     def step(self) -> None:
-        """One training step: forward, backward, update."""
+        """One training step: forward, backward, update; on a GPU, until the device has done it."""
         self.gradients()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.inputs[0].is_cuda:
+            torch.cuda.synchronize()
 
 
-def plain_loop(case: models.Example, net: nn.Module | None = None, *, backend: str = "inductor") -> Loop:
-    """Training of ``net``, by default a copy of the case's model, under ``torch.compile`` with ``backend``."""
+def plain_loop(case: models.Example, net: nn.Module | None = None, *, mode: str = "default") -> Loop:
+    """Training of ``net``, by default a copy of the case's model, under ``torch.compile`` in this mode."""
     net = copy.deepcopy(case.model) if net is None else net
     net.train()
     optimizer = torch.optim.AdamW(net.parameters(), lr=LEARNING_RATE)
-    return Loop(net, torch.compile(net, backend=backend), case.inputs, case.loss, optimizer)
+    return Loop(net, torch.compile(net, mode=mode), case.inputs, case.loss, optimizer)
 
 
 def esper_loop(case: models.Example, sites: str | Sequence[str] = BLOCKS) -> Loop:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from esper_fx import prebuilt as prebuilt  # from now on launches of kernels look for binaries in the store
 from esper_fx.adapters import adapter_modules, load_adapter, save_adapter, unload_adapter
 from esper_fx.blueprints import Blueprint, blueprint
 from esper_fx.cache import ArtifactStore, KernelCache, KernelCompiler, KernelKey
@@ -20,6 +21,7 @@ from esper_fx.errors import (
     SettingsError,
     SiteError,
     StoreError,
+    TargetError,
     UnknownBlueprintError,
 )
 from esper_fx.growth import Morphology
@@ -70,6 +72,7 @@ __all__ = [
     "SourceSpec",
     "Stage",
     "StoreError",
+    "TargetError",
     "UnknownBlueprintError",
     "adapter_modules",
     "attach",

@@ -1,4 +1,4 @@
-"""The command line: `esper-fx demo`, `esper-fx doctor`."""
+"""The command line: `esper-fx demo`, `esper-fx doctor`, `esper-fx kernels build`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
+
+kernels = typer.Typer(help="Triton kernels.", no_args_is_help=True)
+app.add_typer(kernels, name="kernels")
 
 _LEAST_STEPS = 100
 
@@ -75,6 +78,36 @@ def doctor() -> None:
 
     console = Console()
     raise typer.Exit(print_checks(console, diagnose()))
+
+
+@kernels.command()
+def build(
+    target: Annotated[
+        str, typer.Option(help="GPUs to compile for, with commas in between; they need not be here.")
+    ] = "cuda:80,cuda:90,cuda:100,hip:gfx942",
+    jobs: Annotated[
+        int | None,
+        typer.Option(min=1, help="How many to compile at a time.", show_default="one per processor, 8 at most"),
+    ] = None,
+    cache_dir: Annotated[
+        Path | None,
+        typer.Option(file_okay=False, help="Folder of the kernel store.", show_default="as set in ESPER_FX_CACHE_DIR"),
+    ] = None,
+) -> None:
+    """Compile all kernels ahead of time, print what they use, and put them into the kernel store.
+
+    On a machine with such a GPU they are then loaded instead of compiled. Exits with 1 where a kernel does not compile,
+    uses more than the GPU has, or spills registers in a default configuration.
+    """
+    from esper_fx.errors import EsperError
+    from esper_fx.kernel_build import run_build
+
+    console = Console()
+    try:
+        raise typer.Exit(run_build(console, target, processes=jobs, cache_dir=cache_dir))
+    except EsperError as error:
+        console.print(f"[bold red]esper-fx kernels build:[/bold red] {escape(str(error))}", highlight=False)
+        raise typer.Exit(1) from error
 
 
 def main() -> None:

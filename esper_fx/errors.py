@@ -46,6 +46,10 @@ class KernelBuildError(EsperError, RuntimeError):
         self.worker_traceback = worker_traceback
 
 
+class TargetError(EsperError, ValueError):
+    """Kernels cannot be compiled for this kind of GPU."""
+
+
 class CheckpointError(EsperError, RuntimeError):
     """A checkpoint does not fit the model, or a model cannot be saved; nothing was changed."""
 

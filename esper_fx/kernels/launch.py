@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -20,6 +21,10 @@ _interpreting: ContextVar[bool] = ContextVar("esper_fx_interpreting", default=Fa
 
 #: Where launches go that are recorded instead of made.
 _record: ContextVar[list[Launch] | None] = ContextVar("esper_fx_launch_record", default=None)
+
+
+#: What is called with a kernel before it is launched for the first time on a device.
+_preparations: list[Callable[[Any], object]] = []
 
 
 @dataclass(frozen=True)
@@ -104,8 +109,23 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, config: Config | None
         record.append(Launch(kernel, grid, args, constants))
         return
     if hasattr(kernel, "create_binder"):  # compiled; in the interpreter there is no such thing to trace
+        _prepare(kernel, next(arg.device for arg in args if isinstance(arg, Tensor)))
         kernel = torch.library.wrap_triton(kernel)
     kernel[grid](*args, **constants)
+
+
+def before_first_launch(prepare: Callable[[Any], object]) -> None:
+    """Have ``prepare(kernel)`` called before a kernel is launched for the first time on a device in this process.
+
+    It may be called where the launch is only traced, and where there is no device.
+    """
+    _preparations.append(prepare)
+
+
+@cache
+def _prepare(kernel: Any, device: torch.device) -> None:
+    for prepare in _preparations:
+        prepare(kernel)
 
 
 def exact(dtype: torch.dtype) -> bool:

@@ -11,11 +11,15 @@ Weight gradients are summed over rows in a fixed number of parts, one array each
 deterministic, and nothing is gained by atomics, because a part has only ``d * r`` elements.
 
 Products are taken in the dtype of A and B, and accumulated in float32; x may have another one.
+
+One binary serves any number of rows and any place of alpha and gate in the state arrays: Triton is told not to specialise on
+these, because a batch that is smaller, or another site, must not wait for a compilation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 import triton
@@ -42,13 +46,13 @@ CONFIGS = (
 )
 
 #: Of the kernel that sums the weights' gradients.
-WEIGHTS_CONFIG = Config(64, 64, 4, 3)
+WEIGHTS_CONFIG = Config(32, 64, 4, 3)
 
 #: About how many programs sum the weights' gradients, whatever the shape.
 WEIGHTS_PROGRAMS = 512
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("rows",), do_not_specialize_on_alignment=("alpha_ptr",))
 def forward_kernel(
     x_ptr,
     down_ptr,
@@ -140,7 +144,7 @@ def forward_kernel(
         store_partial(partials_ptr, count, mean, squares, largest)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("rows",), do_not_specialize_on_alignment=("alpha_ptr", "gate_ptr"))
 def backward_rows_kernel(
     g_ptr,
     hidden_ptr,
@@ -198,7 +202,8 @@ def backward_rows_kernel(
         back = dot(g.to(weight), up, back, EXACT)
     hidden = tl.load(hidden_ptr + places, mask=here, other=0.0).to(tl.float32)
     products = tl.where(here, activate(hidden, ACTIVATION) * back, 0.0)
-    tl.store(dalpha_ptr + tl.program_id(0), tl.where(alpha == 0, 0.0, tl.sum(tl.sum(products, 1), 0)))
+    # At once: of sums of sums of a product that lies in tensor memory, Triton before 3.8 fails to compile for sm_100.
+    tl.store(dalpha_ptr + tl.program_id(0), tl.where(alpha == 0, 0.0, tl.sum(products)))
     dhidden = tl.where(alpha == 0, 0.0, alpha * back * activate_grad(hidden, ACTIVATION)).to(weight)
     tl.store(dhidden_ptr + places, dhidden, mask=here)
 
@@ -218,7 +223,7 @@ def backward_rows_kernel(
         tl.store(dx_rows[:, None] + d[None, :] * dx_feature, dx.to(dx_ptr.dtype.element_ty), mask=place)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("rows",), do_not_specialize_on_alignment=("alpha_ptr",))
 def backward_weights_kernel(
     x_ptr,
     g_ptr,
@@ -294,7 +299,7 @@ def forward(
 
     These are float64 ``[4, programs]``, for ``merge_partials``, and empty unless ``stats``.
     """
-    rows, tiles = rows_of(x, dim), pick(CONFIGS, config)
+    rows, tiles = rows_of(x, dim), _fitted(pick(CONFIGS, config), down.dtype)
     rank = down.shape[1]
     y = torch.empty_like(rows.tensor)
     out = rows_of(y, dim)
@@ -346,7 +351,7 @@ def backward(
     config: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, A ``[d, r]``, B ``[r, d]`` and alpha (0-dim float32)."""
-    g, rows, tiles = rows_of(grad, dim), rows_of(x, dim), pick(CONFIGS, config)
+    g, rows, tiles = rows_of(grad, dim), rows_of(x, dim), _fitted(pick(CONFIGS, config), down.dtype)
     rank = down.shape[1]
     dx = torch.empty_like(rows.tensor)
     out = rows_of(dx, dim)
@@ -383,7 +388,7 @@ def backward(
         BLOCK_D=tiles.block_d,
         **shared,
     )
-    tiles = WEIGHTS_CONFIG
+    tiles = _fitted(WEIGHTS_CONFIG, down.dtype)
     blocks = triton.cdiv(rows.features, tiles.block_d)
     parts = max(1, min(triton.cdiv(WEIGHTS_PROGRAMS, blocks), triton.cdiv(rows.count, tiles.block_m)))
     part_rows = triton.cdiv(triton.cdiv(rows.count, parts), tiles.block_m) * tiles.block_m
@@ -414,29 +419,45 @@ def backward(
     return dx, ddown.sum(0).to(down.dtype).t(), dup.sum(0).to(up.dtype).t(), dalpha.sum()
 
 
+def _fitted(config: Config, dtype: torch.dtype) -> Config:
+    """The configuration for products of this dtype.
+
+    A float32 tile is twice as large, and exact products are made of single multiplications, whose operands all lie in
+    registers at once: so it has half the rows and a quarter of the features, but a full cache line of them.
+    """
+    if dtype != torch.float32:
+        return config
+    return replace(config, block_m=max(16, config.block_m // 2), block_d=max(32, config.block_d // 4))
+
+
 def build_cases() -> Iterator[BuildCase]:
-    """What is compiled ahead of time: all configurations in bfloat16, and the default one for other dtypes and ranks."""
-    for config in range(len(CONFIGS)):
+    """What is compiled ahead: usual dtypes and ranks, all configurations, and the activation that takes most registers."""
+    for rank in (16, 8, 64):
+        yield _build_case(torch.bfloat16, rank)
+    yield _build_case(torch.float16, 16)
+    for rank in (16, 64):
+        yield _build_case(torch.float32, rank)
+    for dtype in (torch.bfloat16, torch.float32):
+        yield _build_case(dtype, 64, activation="gelu")
+    for config in range(1, len(CONFIGS)):
         yield _build_case(torch.bfloat16, 16, config)
-    yield _build_case(torch.bfloat16, 64, 0)
-    for dtype in (torch.float16, torch.float32):
+    for dtype in (torch.bfloat16, torch.float32):
         for rank in (16, 64):
-            yield _build_case(dtype, rank, 0)
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for rank in (16, 64):
-            yield _build_case(dtype, rank, 0, stats=True)
+            yield _build_case(dtype, rank, stats=True)
 
 
-def _build_case(dtype: torch.dtype, rank: int, config: int, *, stats: bool = False) -> BuildCase:
+def _build_case(
+    dtype: torch.dtype, rank: int, config: int = 0, activation: str = "identity", stats: bool = False
+) -> BuildCase:
     def call() -> None:
         x = torch.empty((8192, 1024), dtype=dtype, device="meta")
-        down, up = x.new_empty((rank, 1024)).t(), x.new_empty((1024, rank)).t()
+        down, up = x.new_empty((rank, 1024)).t(), x.new_empty((1024, rank)).t()  # as the layers' weights lie in memory
         alpha = x.new_empty((), dtype=torch.float32)
-        _, hidden, partials = forward(x, down, up, alpha, "identity", -1, config, save=True, stats=stats)
+        _, hidden, partials = forward(x, down, up, alpha, activation, -1, config, save=True, stats=stats)
         if stats:
             merge_partials(partials, x.numel())
         else:
-            backward(x, x, hidden, down, up, alpha, alpha, "identity", -1, config)
+            backward(x, x, hidden, down, up, alpha, alpha, activation, -1, config)
 
-    label = f"rank {rank}, config {config}" + ", statistics" * stats
-    return BuildCase(dtype, label, call, default=config == 0)
+    middle = ("" if activation == "identity" else f"{activation}, ") + "statistics, " * stats
+    return BuildCase(dtype, f"rank {rank}, {middle}config {config}", call, default=config == 0)

@@ -40,6 +40,8 @@ def _grow(example: models.Example, kinds: dict[str, tuple[str, dict[str, object]
             assert seed.body is not None
             for parameter in seed.body.parameters():
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+        model(*example.inputs)  # a tick, after which every alpha has arrived
+    assert all(seed.alpha == 0.5 for seed in model.seeds.values())
     return model
 
 

@@ -1,0 +1,174 @@
+"""Compile kernels for GPUs that are not here, several at a time in processes of their own."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from esper_fx.errors import KernelBuildError
+from esper_fx.kernels.build_cases import BuildCase
+from esper_fx.kernels.prebuilt import Binary
+from esper_fx.kernels.resources import Resources, registers_of_amdgcn, registers_of_ptxas
+from esper_fx.kernels.targets import Target
+
+# What Triton notes with a binary and is a path on the machine that compiled it.
+_PATHS = ("extern_libs",)
+_MESSAGE_LENGTH = 300
+
+
+@dataclass(frozen=True)
+class Job:
+    """A kernel to compile for a target, as data that another process can read.
+
+    Attributes:
+        kernel: Module and name: ``esper_fx.kernels.low_rank:forward_kernel``.
+        args: Dtypes of its tensors, and its numbers.
+        constants: Names and values of its ``tl.constexpr`` parameters and of Triton's options.
+        target: What to compile for.
+    """
+
+    kernel: str
+    args: tuple[Any, ...]
+    constants: tuple[tuple[str, Any], ...]
+    target: Target
+
+
+@dataclass(frozen=True)
+class Built:
+    """How a job ended.
+
+    Attributes:
+        job: The job.
+        seconds: How long it took.
+        problem: Why it could not be compiled; None if it was. The other fields are None then.
+        identity: What binaries of this kernel depend on besides arguments and options.
+        binary: The compiled kernel.
+        resources: What it uses.
+    """
+
+    job: Job
+    seconds: float
+    problem: str | None = None
+    identity: dict[str, str] | None = None
+    binary: Binary | None = None
+    resources: Resources | None = None
+
+
+def plan(cases: Iterable[BuildCase], targets: Iterable[Target]) -> dict[Job, list[BuildCase]]:
+    """The jobs that compile these cases for these targets, each with the cases that need it."""
+    launches = [(case, launch) for case in cases for launch in case.launches()]
+    jobs: dict[Job, list[BuildCase]] = {}
+    for target in targets:
+        for case, launch in launches:
+            args = tuple(arg.dtype if isinstance(arg, torch.Tensor) else arg for arg in launch.args)
+            name = f"{launch.kernel.fn.__module__}:{launch.kernel.fn.__name__}"  # fn: interpreted kernels have it too
+            jobs.setdefault(Job(name, args, tuple(sorted(launch.constants.items())), target), []).append(case)
+    return jobs
+
+
+def build(jobs: Iterable[Job], processes: int) -> Iterator[Built]:
+    """Compile, in no particular order.
+
+    Args:
+        jobs: What to compile.
+        processes: How many at a time.
+
+    Raises:
+        KernelBuildError: A process died.
+    """
+    with tempfile.TemporaryDirectory(prefix="esper-fx-kernels-") as folder:
+        # Spawned, not forked: Triton reads the environment, and PyTorch's threads do not survive a fork.
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(processes, context, initializer=_begin, initargs=(folder,)) as pool:
+            try:
+                for done in as_completed([pool.submit(compile_job, job) for job in jobs]):
+                    yield done.result()
+            except BrokenProcessPool as error:
+                raise KernelBuildError(
+                    "a process that compiled kernels ended, perhaps for lack of memory: try fewer at a time (--jobs 1)"
+                ) from error
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+
+def _begin(folder: str) -> None:
+    os.environ |= {"TRITON_CACHE_DIR": folder, "TRITON_INTERPRET": "0"}
+
+
+def compile_job(job: Job) -> Built:
+    """Compile one kernel. For processes that only compile."""
+    from esper_fx.kernels import _triton
+
+    started = time.perf_counter()
+    target = _triton.gpu_target(job.target)
+    module, _, name = job.kernel.partition(":")
+    kernel = getattr(importlib.import_module(module), name)
+    with _native_errors() as said:
+        try:
+            compiled, options, log = _triton.compile_for(target, kernel, job.args, dict(job.constants))
+        except Exception as error:  # whatever Triton raises, the other kernels are built
+            return Built(job, time.perf_counter() - started, problem=_message(error, said()))
+    metadata = compiled.metadata._asdict() | {"target": vars(compiled.metadata.target)}
+    registers, spilled = (
+        registers_of_ptxas(log) if job.target.backend == "cuda" else registers_of_amdgcn(compiled.asm["amdgcn"])
+    )
+    resources = Resources(
+        registers, spilled, metadata["shared"], metadata.get("tmem_size") or 0, warps=metadata["num_warps"]
+    )
+    binary = Binary(
+        compiled.src.name,
+        compiled.src.hash(),
+        _without_paths(json.loads(options)),
+        _without_paths(metadata),
+        compiled.kernel,
+    )
+    return Built(
+        job,
+        time.perf_counter() - started,
+        identity=_triton.identity(kernel, target),
+        binary=binary,
+        resources=resources,
+    )
+
+
+def _without_paths(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name not in _PATHS}
+
+
+def _message(error: Exception, said: str) -> str:
+    """The first line that says what is wrong: of what the compiler wrote, or else of the exception."""
+    lines = [line.strip() for line in said.splitlines() if "error:" in line]
+    first = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {(lines or first)[0]}"[:_MESSAGE_LENGTH]
+
+
+@contextlib.contextmanager
+def _native_errors() -> Iterator[Any]:
+    """Collect what the compiler writes to the standard error stream, which may be pages, instead of showing it."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile("w+") as file:
+
+        def said() -> str:
+            file.seek(0)
+            return file.read()
+
+        os.dup2(file.fileno(), 2)
+        try:
+            yield said
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
