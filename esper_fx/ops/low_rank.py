@@ -6,6 +6,7 @@ is 0, y is x and the gradients of A, B and alpha are 0, whatever A and B hold.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -208,4 +209,8 @@ def _activate_grad(x: Tensor, activation: str) -> Tensor:
     return torch.ones_like(x)
 
 
-_FUNCTIONS = {"relu": functional.relu, "gelu": functional.gelu, "silu": functional.silu}
+_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": functional.relu,
+    "gelu": functional.gelu,
+    "silu": functional.silu,
+}
