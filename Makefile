@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 RUN   := env PATH="$(CURDIR)/$(BIN):$$PATH"
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fast lint types nightly bench clean
+.PHONY: help demo test fast lint types kernels nightly bench clean
 
 help:
 	@echo "make demo      grow a small network inside torch.compile, print what happened, draw it (ARGS=--text for the other one)"
@@ -17,6 +17,7 @@ help:
 	@echo "make fast      only the tests that compile nothing"
 	@echo "make lint      ruff: rules and format"
 	@echo "make types     mypy --strict on the installed package"
+	@echo "make kernels   compile all Triton kernels for four kinds of GPU, none of which need be here"
 	@echo "make nightly   the long versions of the tests"
 	@echo "make bench     the benchmarks (BENCH=swap for one of them)"
 	@echo "make clean     remove .venv, caches and outputs"
@@ -76,6 +77,10 @@ types: $(STAMP)
 	@echo "==> mypy --strict"
 	@rm -rf $(VENV)/types && $(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target $(VENV)/types .
 	@cd $(VENV)/types && MYPYPATH=. ../bin/mypy --config-file ../../pyproject.toml -p esper_fx
+
+kernels: $(STAMP)
+	@echo "==> esper-fx kernels build"
+	@$(RUN) esper-fx kernels build --cache-dir build/kernels $(ARGS)
 
 nightly: $(STAMP)
 	@echo "==> Tests: everything, long versions"

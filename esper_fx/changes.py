@@ -11,6 +11,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from esper_fx._garbage import collecting_later
 from esper_fx.conductor import Conductor
 from esper_fx.errors import GerminationError
 from esper_fx.lifecycle import Stage
@@ -123,7 +124,7 @@ class Changes:
 
     def apply(self) -> None:
         """Make live what is ready; the calling thread must be between two steps."""
-        with self._lock:
+        with self._lock, collecting_later():
             self._boundary_work = False
             while self._pending and self._pending[0].ready:
                 change = self._pending[0]

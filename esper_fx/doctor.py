@@ -193,6 +193,7 @@ def check_triton_and_gpu() -> Iterator[Check]:
 def check_cache_folder() -> Iterator[Check]:
     """The folder where compiled kernels are kept between runs."""
     from esper_fx import ArtifactStore, StoreError, settings
+    from esper_fx.prebuilt import KIND
 
     if not settings().store:
         advice = "unset ESPER_FX_STORE to keep compiled kernels between runs"
@@ -200,12 +201,15 @@ def check_cache_folder() -> Iterator[Check]:
         return
     try:
         store = ArtifactStore(settings().cache_dir)
-        entries, size = len(store.entries()), store.size_bytes()
+        entries, size = store.entries(), store.size_bytes()
     except StoreError as error:
         advice = "repair that folder, or set ESPER_FX_CACHE_DIR to one that only you can write to"
         yield Check("kernel store", Status.FAIL, str(error), advice)
         return
-    found = f"{store.root}: {entries} kernels, {size / 1e6:.1f} MB"
+    found = f"{store.root}: {len(entries)} kernels, {size / 1e6:.1f} MB"
+    ahead = sorted({str(each.metadata["target"]) for each in entries if each.metadata.get("kind") == KIND})
+    if ahead:
+        found += f", built ahead for {', '.join(ahead)}"
     free = shutil.disk_usage(store.root).free
     if free < _LITTLE_SPACE:
         advice = "free some space, or set ESPER_FX_CACHE_DIR to a folder on a larger disk"

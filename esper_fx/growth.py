@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from esper_fx import blueprints, ops
+from esper_fx._garbage import collecting_later
 from esper_fx.changes import Change, Changes
 from esper_fx.errors import BlueprintError, GerminationError
 from esper_fx.lifecycle import GrowthEvent, Ledger, Stage, check_transition
@@ -123,7 +124,7 @@ class Growth:
             EsperError: As for one seed; nothing has changed then, at any of them.
         """
         started = time.perf_counter()
-        with self.lock:
+        with self.lock, collecting_later():
             bodies = [self._build_body(order) for order in orders]
             group = object()
             germinations, coming = [], []
@@ -202,7 +203,7 @@ class Growth:
         """
         started = time.perf_counter()
         steps = settings().embargo_steps if embargo_steps is None else embargo_steps
-        with self.lock:
+        with self.lock, collecting_later():
             for seed in seeds:
                 check_transition(seed.name, seed.stage, Stage.EMBARGOED)
             group = object()

@@ -116,9 +116,10 @@ def run_build(console: Console, targets: str, *, processes: int | None, cache_di
     for row in bad:
         where = f"{row.target} {row.kernel} {row.dtype} {row.label}"
         console.print(f"[bold red]{escape(where)}:[/bold red] {escape('; '.join(row.problems))}", soft_wrap=True)
-    size = sum(row.nbytes for row in rows) / 1e6
+    size, took = sum(row.nbytes for row in rows) / 1e6, time.perf_counter() - started
+    work = sum(os.times()[:4])  # this process and those that compiled, which have ended
     console.print(
-        f"{len(rows)} kernels, {len(bad)} bad, {size:.1f} MB, {time.perf_counter() - started:.0f} s; in {store.root}",
+        f"{len(rows)} kernels, {len(bad)} bad, {size:.1f} MB, {took:.0f} s ({work:.0f} s of processor time); in {store.root}",
         soft_wrap=True,
         highlight=False,
     )

@@ -30,7 +30,8 @@ def put_binaries(store: ArtifactStore, identity: dict[str, str], binaries: Itera
         StoreError: They could not be written.
     """
     data = pack(binaries)
-    store.put(_key(identity), data, metadata={"kind": KIND, "kernel": identity["kernel"], "target": identity["target"]})
+    target = identity["target"].rpartition(":")[0]  # without the warp size: as on the command line
+    store.put(_key(identity), data, metadata={"kind": KIND, "kernel": identity["kernel"], "target": target})
     return len(data)
 
 
@@ -42,9 +43,9 @@ def install_binaries(kernel: Any) -> int:
     Returns:
         How many Triton did not have before.
     """
-    from esper_fx.kernels import _triton
-
     try:
+        from esper_fx.kernels import _triton
+
         target = _triton.current_target() if settings().store else None
         if target is None:
             return 0

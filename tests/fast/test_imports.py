@@ -13,7 +13,14 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "esper_fx"
 
 # Nothing imports these but the command line, and the package's front door where a name is public.
-LEAVES = ("esper_fx.adapters", "esper_fx.cli", "esper_fx.demo", "esper_fx.doctor", "esper_fx.toolchain")
+LEAVES = (
+    "esper_fx.adapters",
+    "esper_fx.cli",
+    "esper_fx.demo",
+    "esper_fx.doctor",
+    "esper_fx.kernel_build",
+    "esper_fx.toolchain",
+)
 FRONT_DOOR = "esper_fx"
 PRIVATE_TORCH_HOME = "esper_fx._torch"
 
