@@ -116,6 +116,14 @@ def test_at_gate_zero_only_the_direct_gradient_reaches_x(layout: str) -> None:
     assert all(bool((gradient != 0).any()) for gradient in others)
 
 
+def test_float64_is_computed_in_float64() -> None:
+    torch.manual_seed(0)
+    x, grad = torch.randn(2, 4, 9).double(), torch.randn(2, 4, 9).double()
+    body = convolution_body(4, (3,), torch.float64)
+    y, gradients = run(x, body, 0.7, 0.3, grad)
+    assert_seed(y, gradients, x, body, 0.7, 0.3, grad, TOLERANCES[torch.float64])
+
+
 def test_an_empty_batch_has_empty_results_and_no_gradients() -> None:
     x, body = torch.empty(0, 4, 3), convolution_body(4, (3,), torch.float32)
     y, (dx, *others) = run(x, body, 0.5, 1.0, x)
