@@ -153,7 +153,7 @@ def weights_kernel(
     of_bias = tl.zeros([BLOCK_C, TILE_H * TILE_W], tl.float32)
     sums = ()  # grown by +: triton knows no (*sums, new)
     for _ in tl.static_range(HELD_ROWS * COLUMNS):
-        sums = sums + (tl.zeros([BLOCK_C, TILE_H * TILE_W], tl.float32),)  # noqa: RUF005
+        sums = sums + (tl.zeros([BLOCK_C, TILE_H * TILE_W], tl.float32),)  # type: ignore[assignment] # noqa: RUF005
     for step in range(first, tl.where(tl.load(alpha_ptr) == 0, first, last)):
         w = step % tiles_across * TILE_W + lane % TILE_W
         h = step // tiles_across % tiles_down * TILE_H + lane // TILE_W
@@ -171,7 +171,7 @@ def weights_kernel(
             within = inside & (row >= 0) & (row < height) & (column >= 0) & (column < width)
             shift = i.to(tl.int64) * width + j
             x = tl.load(x_tile + shift * x_position, mask=valid[:, None] & within[None, :], other=0.0)
-            added = added + (sums[t] + g * x.to(tl.float32),)  # noqa: RUF005
+            added = added + (sums[t] + g * x.to(tl.float32),)  # type: ignore[assignment] # noqa: RUF005
         sums = added
     place = part.to(tl.int64) * features + c
     tl.store(dbias_ptr + place, tl.sum(of_bias, 1), mask=valid & (first_row == 0))

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn import grad as grad_functions
 
 from esper_fx._torch import triton_op
 from esper_fx.kernels.launch import runs_kernels
@@ -107,8 +108,8 @@ def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _filter_gradient(x: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
     """Of the sum of ``grad`` times the convolution of ``x``, laid out contiguously."""
-    gradient_of = torch.nn.grad.conv1d_weight if x.ndim == 3 else torch.nn.grad.conv2d_weight
-    gradient = gradient_of(x, list(weight.shape), grad, padding=_padding(weight), groups=weight.shape[0])
+    gradient_of: Any = grad_functions.conv1d_weight if x.ndim == 3 else grad_functions.conv2d_weight
+    gradient: Tensor = gradient_of(x, list(weight.shape), grad, padding=_padding(weight), groups=weight.shape[0])
     return gradient.to(weight.dtype).contiguous()
 
 
