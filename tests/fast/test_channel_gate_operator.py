@@ -34,7 +34,7 @@ def run(x: Tensor, body: ChannelGate, alpha: float, gate: float, grad: Tensor) -
     """y of the operator; and the gradients of x, the body's parameters and alpha."""
     x, factor = x.detach().requires_grad_(), scalar(alpha, requires_grad=True)
     y = channel_gate(x, *body.parameters(), factor, scalar(gate))[0]
-    return y, list(torch.autograd.grad(y, [x, *body.parameters(), factor], grad))
+    return y.detach(), list(torch.autograd.grad(y, [x, *body.parameters(), factor], grad))
 
 
 @given(shapes, st.integers(1, 4), layouts, gradient_layouts, alphas, gates, st.integers(0, 99))

@@ -36,7 +36,7 @@ def run(x: Tensor, body: nn.Module, alpha: float, gate: float, grad: Tensor) -> 
     """y of the operator; and the gradients of x, the body's parameters and alpha."""
     x, factor = x.detach().requires_grad_(), scalar(alpha, requires_grad=True)
     y = depthwise_conv(x, *body.parameters(), factor, scalar(gate))
-    return y, list(torch.autograd.grad(y, [x, *body.parameters(), factor], grad))
+    return y.detach(), list(torch.autograd.grad(y, [x, *body.parameters(), factor], grad))
 
 
 @given(maps, layouts, gradient_layouts, alphas, gates, st.integers(0, 99))
