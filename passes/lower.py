@@ -19,8 +19,6 @@ from torch.nn import functional
 
 from esper_fx.ops import seed_input, seed_output
 
-MAX_RANK = 64
-
 _CONVOLUTIONS: dict[Any, int] = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
 _ACTIVATIONS: dict[Any, str] = {
     torch.relu: "relu",
@@ -146,6 +144,8 @@ def _weight(graph: fx.Graph, weight: fx.Node, candidate: Candidate) -> fx.Node:
 
 def _low_rank(node: fx.Node, autocast: torch.dtype | None) -> Candidate | None:
     """up(activation(down(x))) without biases, times a scalar at most."""
+    from esper_fx.ops.low_rank import MAX_RANK  # only now: it defines the operator
+
     x, delta, _ = _operands(node)
     scale = None
     if _is_method(delta, "mul") and isinstance(delta.args[1], fx.Node) and _example(delta.args[1]).ndim == 0:

@@ -32,9 +32,6 @@ from esper_fx.kernels.launch import ACTIVATIONS, Config, exact, launch, padded, 
 from esper_fx.kernels.moments import FIELDS, accumulate, merge_partials, store_partial
 from esper_fx.kernels.rows import rows_of
 
-#: Largest rank; beyond it the tile of hidden values no longer fits the registers.
-MAX_RANK = 64
-
 #: Of the kernels that go over rows: the forward pass, and the backward pass for x. The first is the default.
 CONFIGS = (
     Config(32, 128, 4, 3),

@@ -19,6 +19,9 @@ from esper_fx.kernels.rows import rows_of
 from esper_fx.ops.site_stats import FIELDS as STATS_FIELDS
 from esper_fx.ops.site_stats import reference as reference_stats
 
+#: Largest rank that the kernels take: beyond it a tile of hidden values no longer fits the registers.
+MAX_RANK = 64
+
 
 @triton_op("esper::low_rank")
 def low_rank(
@@ -48,7 +51,7 @@ def low_rank(
     Returns:
         y like ``x``; and for the backward pass ``x A`` before the activation, ``[rows, r]``, empty unless ``save``.
     """
-    if runs_kernels(x):
+    if _runs_kernels(x, down):
         from esper_fx.kernels import low_rank as kernels
 
         return kernels.forward(x, down, up, alpha, activation, dim, config, save)[:2]
@@ -68,13 +71,18 @@ def low_rank_stats(
     save: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`low_rank`, and what :func:`esper_fx.ops.site_stats.site_stats` says of ``x``, in the same read of it."""
-    if runs_kernels(x):
+    if _runs_kernels(x, down):
         from esper_fx.kernels import low_rank as kernels
         from esper_fx.kernels.moments import merge_partials
 
         y, hidden, partials = kernels.forward(x, down, up, alpha, activation, dim, config, save, stats=True)
         return y, hidden, merge_partials(partials, x.numel())
     return *_reference(x, down, up, alpha, activation, dim, save), reference_stats(x)
+
+
+def _runs_kernels(x: Tensor, down: Tensor) -> bool:
+    """Not beyond the largest rank, nor where products are taken in float64."""
+    return runs_kernels(x) and down.dtype != torch.float64 and down.shape[1] <= MAX_RANK
 
 
 def _reference(
@@ -109,7 +117,7 @@ def low_rank_backward(
 
     The other arguments are those of :func:`low_rank`.
     """
-    if runs_kernels(x):
+    if _runs_kernels(x, down):
         from esper_fx.kernels import low_rank as kernels
 
         return kernels.backward(grad, x, hidden, down, up, alpha, gate, activation, dim, config)

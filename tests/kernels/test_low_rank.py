@@ -119,6 +119,21 @@ def test_ranks_up_to_the_largest(rank: int) -> None:
         assert distance(got, want) <= TOLERANCE[torch.float32]
 
 
+@pytest.mark.parametrize(("rank", "dtype"), [(65, torch.float32), (4, torch.float64)])
+def test_what_the_kernels_cannot_take_is_computed_without_them(
+    monkeypatch: pytest.MonkeyPatch, rank: int, dtype: torch.dtype
+) -> None:
+    def launched(*_: object, **__: object) -> None:
+        raise AssertionError("a kernel was launched")
+
+    monkeypatch.setattr(kernels, "launch", launched)
+    x, upstream = values((20, 80), torch.float32, 0), values((20, 80), torch.float32, 1)
+    down, up = values((80, rank), dtype, 2) / 10, values((rank, 80), dtype, 3)
+    arguments = (x, down, up, 0.75, 0.5, "gelu", -1, upstream)
+    for got, want in zip(actual(*arguments)[:4], expected(*arguments)[:4], strict=True):
+        assert distance(got, want) <= TOLERANCE[torch.float32]
+
+
 def test_many_rows_are_summed_in_parts() -> None:
     x, upstream = values((1500, 24), torch.float32, 0), values((1500, 24), torch.float32, 1)
     down, up = values((24, 4), torch.float32, 2) / 5, values((4, 24), torch.float32, 3)
