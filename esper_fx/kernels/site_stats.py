@@ -1,7 +1,7 @@
 """Count, mean, M2, largest absolute value and number of non-finite values of a tensor.
 
-Bytes moved for ``N`` elements: x is read once, in the order it lies in memory; beside it partial results of 32
-bytes a program are written, and read by the kernel that merges them: 512 programs by default, fewer for a small x.
+Bytes moved: x is read once, in the order it lies in memory. Beside it partial results of 32 bytes a program are written, and
+read by the kernel that merges them: 512 programs by default, fewer for a small x.
 """
 
 from __future__ import annotations
@@ -23,9 +23,8 @@ from esper_fx.kernels.rows import dense
 CONFIGS = (
     Config(4, 128, 4, 3),
     Config(4, 256, 8, 3),
-    Config(4, 256, 4, 3),
+    Config(2, 256, 4, 3),
     Config(4, 32, 1, 3),
-    Config(8, 128, 4, 2),
     Config(2, 128, 4, 4),
 )
 
@@ -51,7 +50,8 @@ def partial_kernel(
     for start in tl.range(program.to(tl.int64) * TILE, end, programs.to(tl.int64) * TILE, num_stages=STAGES):
         x = tl.load(x_ptr + start + place)
         count, mean, squares, largest = accumulate(count, mean, squares, largest, x.to(tl.float32))
-    if program == tiles % programs:  # the rest is next in turn; apart, so that no mask stands in the way of wide loads
+    # What is left over is next in turn; apart, so that no mask stands in the way of wide loads.
+    if (program == tiles % programs) & (end < elements):
         x = tl.load(x_ptr + end + place, mask=place < elements - end, other=float("nan"))
         count, mean, squares, largest = accumulate(count, mean, squares, largest, x.to(tl.float32))
     store_partial(partials_ptr, count, mean, squares, largest)

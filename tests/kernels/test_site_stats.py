@@ -165,6 +165,14 @@ def test_one_program_among_those_that_share_a_billion_elements() -> None:
     assert_close(merge_partials(partials, x.numel()), reference(x))
 
 
+@pytest.mark.parametrize("tiles", [0.5, 2, 7.3, 8.9])
+def test_tiles_and_what_is_left_over_are_dealt_out_to_three_programs(tiles: float) -> None:
+    x = values((int(tiles * 4 * 8 * 4),), torch.float32, 7)
+    partials = torch.empty((FIELDS, 3), dtype=torch.float64, device=DEVICE)
+    launch(kernels.partial_kernel, (3,), x, partials, x.numel(), LOADS=4, LANES=8, VECTOR=4, STAGES=2)
+    assert_close(merge_partials(partials, x.numel()), reference(x))
+
+
 @triton.jit
 def _one_more_tile(state_ptr, x_ptr, LOADS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr):
     lane = tl.arange(0, LANES)
