@@ -143,3 +143,14 @@ def test_example_calls_launch_and_nothing_runs() -> None:
     assert all(launches)
     low_rank = [names for case, names in zip(cases, launches, strict=True) if "low_rank" in case.call.__module__]
     assert low_rank == [list(LOW_RANK)] * len(low_rank)
+
+
+def test_kernels_that_do_not_compile_or_crash_the_compiler_are_told_and_the_others_built() -> None:
+    done = run(["tests.support.tiny_kernels"])
+    assert done.returncode == 0, done.stderr
+    problems, built = zip(*json.loads(done.stdout), strict=True)
+    assert built == (True, False, False, True, False, True)
+    assert [problem for problem, good in zip(problems, built, strict=True) if good] == [None] * 3
+    assert problems[1] == problems[4] == "the compiler crashed: LLVM ERROR: out of luck"
+    assert "CompilationError" in problems[2]
+    assert "out of luck" not in done.stderr
