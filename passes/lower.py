@@ -21,8 +21,13 @@ from esper_fx.ops import seed_input, seed_output
 
 MAX_RANK = 64
 
-_CONVOLUTIONS = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
-_ACTIVATIONS = {torch.relu: "relu", functional.relu: "relu", functional.gelu: "gelu", functional.silu: "silu"}
+_CONVOLUTIONS: dict[Any, int] = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
+_ACTIVATIONS: dict[Any, str] = {
+    torch.relu: "relu",
+    functional.relu: "relu",
+    functional.gelu: "gelu",
+    functional.silu: "silu",
+}
 
 
 @dataclass(frozen=True, eq=False)

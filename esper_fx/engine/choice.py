@@ -120,7 +120,7 @@ def measure(candidate: Candidate, timer: Timer) -> Mapping[str, float]:
     for number in range(len(configs)):
         graph = fx.Graph()
         graph.output(graph.graph_copy(plain.graph, {}))
-        output = next(node for node in graph.nodes if node.op == "output").args[0][0]  # type: ignore[index,union-attr]
+        output = next(node for node in graph.nodes if node.op == "output").args[0][0]
         (inner,) = [c for c in lower.candidates(graph, autocast=_autocast(candidate)) if c.output is output]
         lower.rewrite(graph, inner, number)
         try:

@@ -176,9 +176,13 @@ def _without_paths(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _message(error: Exception, said: str) -> str:
-    """What is wrong: the first error that the compiler wrote, or else the exception's first line."""
-    first = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {(_first_error(said) or first)[:_MESSAGE_LENGTH]}"
+    """What is wrong: the first error that the compiler wrote, or else first and last line of what the exception comes from."""
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    told = " … ".join(dict.fromkeys(lines[:1] + lines[-1:]))  # in between Triton shows source
+    return f"{type(error).__name__}: {(_first_error(said) or told)[:_MESSAGE_LENGTH]}"
 
 
 def _first_error(said: str) -> str:

@@ -1,4 +1,4 @@
-"""Device functions that kernels share: products, activations and their derivatives, merging of moments."""
+"""Device functions that kernels share: products, activations and their derivatives."""
 
 from __future__ import annotations
 

@@ -62,8 +62,13 @@ class Launch:
 
 
 def runs_kernels(x: Tensor) -> bool:
-    """Whether an operator on this tensor runs Triton kernels; otherwise it is its ATen reference."""
-    return (x.is_cuda and find_spec("triton") is not None) or (x.device.type == "cpu" and _interpreting.get())
+    """Whether an operator on this tensor runs Triton kernels; otherwise it is its ATen reference.
+
+    Not on float64: kernels accumulate in float32.
+    """
+    return x.dtype != torch.float64 and (
+        (x.is_cuda and find_spec("triton") is not None) or (x.device.type == "cpu" and _interpreting.get())
+    )
 
 
 @contextlib.contextmanager

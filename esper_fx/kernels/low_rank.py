@@ -5,6 +5,8 @@ backward reads g and writes dx (rows), then reads x and g (weights). A program h
 their features twice, first to reduce them to ``r`` numbers and then to apply these; the second time they come from the L2
 cache. What a row is reduced to, ``hidden``, is kept for the backward pass: ``r / d`` of the bytes of x.
 
+Statistics of x, where they are asked for, are taken when x is applied, from registers: 32 bytes a program are written.
+
 Weight gradients are summed over rows in a fixed number of parts, one array each, and the parts are added up afterwards:
 deterministic, and nothing is gained by atomics, because a part has only ``d * r`` elements.
 
@@ -27,6 +29,7 @@ from torch import Tensor
 from esper_fx.kernels.build_cases import BuildCase
 from esper_fx.kernels.device_math import activate, activate_grad, dot
 from esper_fx.kernels.launch import ACTIVATIONS, Config, exact, launch, padded, pick
+from esper_fx.kernels.moments import FIELDS, accumulate, merge_partials, store_partial
 from esper_fx.kernels.rows import rows_of
 
 #: Largest rank; beyond it the tile of hidden values no longer fits the registers.
@@ -57,6 +60,7 @@ def forward_kernel(
     alpha_ptr,
     y_ptr,
     hidden_ptr,
+    partials_ptr,
     rows,
     positions,
     features,
@@ -74,6 +78,9 @@ def forward_kernel(
     ACTIVATION: tl.constexpr,
     EXACT: tl.constexpr,
     SAVE: tl.constexpr,
+    STATS: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
     RANK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -109,17 +116,32 @@ def forward_kernel(
             hidden_ptr + m.to(tl.int64)[:, None] * rank + r[None, :], hidden, mask=inside[:, None] & ranked[None, :]
         )
     active = activate(hidden.to(tl.float32), ACTIVATION).to(weight)
+    if STATS:
+        count = tl.zeros([LANES], tl.float32)
+        mean = tl.zeros([LANES], tl.float64)
+        squares = tl.zeros([LANES], tl.float64)
+        largest = tl.zeros([LANES], tl.float32)
     for start in range(0, features, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
         valid = d < features
         here = inside[:, None] & valid[None, :]
-        x = tl.load(x_rows[:, None] + d[None, :] * x_feature, mask=here, other=0.0, eviction_policy="evict_first")
+        x = tl.load(
+            x_rows[:, None] + d[None, :] * x_feature,
+            mask=here,
+            other=float("nan") if STATS else 0.0,  # what is outside is not finite, so not counted
+            eviction_policy="evict_first",
+        )
         up = tl.load(
             up_ptr + r[:, None] * up_rank + d[None, :] * up_feature, mask=ranked[:, None] & valid[None, :], other=0.0
         )
         delta = dot(active, up, tl.zeros([BLOCK_M, BLOCK_D], tl.float32), EXACT)
         y = tl.where(alpha == 0, x.to(tl.float32), x.to(tl.float32) + alpha * delta)
         tl.store(y_rows[:, None] + d[None, :] * y_feature, y.to(y_ptr.dtype.element_ty), mask=here)
+        if STATS:  # as many elements side by side as one load brings a thread, so that it has its lane to itself
+            tile = tl.reshape(x, [BLOCK_M * BLOCK_D // (LANES * VECTOR), LANES, VECTOR]).to(tl.float32)
+            count, mean, squares, largest = accumulate(count, mean, squares, largest, tile)
+    if STATS:
+        store_partial(partials_ptr, count, mean, squares, largest)
 
 
 @triton.jit(do_not_specialize=("rows",), do_not_specialize_on_alignment=("alpha_ptr", "gate_ptr"))
@@ -263,23 +285,37 @@ def backward_weights_kernel(
 
 
 def forward(
-    x: Tensor, down: Tensor, up: Tensor, alpha: Tensor, activation: str, dim: int, config: int, save: bool
-) -> tuple[Tensor, Tensor]:
-    """y like ``x``, and hidden ``[rows, r]`` in the dtype of ``down`` (empty unless ``save``)."""
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    alpha: Tensor,
+    activation: str,
+    dim: int,
+    config: int,
+    save: bool,
+    stats: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y like ``x``, hidden ``[rows, r]`` in the dtype of ``down`` (empty unless ``save``), and moments of ``x`` by program.
+
+    These are float64 ``[4, programs]``, for ``merge_partials``, and empty unless ``stats``.
+    """
     rows, tiles = rows_of(x, dim), _fitted(pick(CONFIGS, config), down.dtype)
     rank = down.shape[1]
     y = torch.empty_like(rows.tensor)
     out = rows_of(y, dim)
     hidden = down.new_empty((rows.count if save else 0, rank))
+    programs, vector = triton.cdiv(rows.count, tiles.block_m), 16 // x.element_size()
+    partials = x.new_empty((FIELDS, programs if stats else 0), dtype=torch.float64)
     launch(
         forward_kernel,
-        (triton.cdiv(rows.count, tiles.block_m),),
+        (programs,),
         rows.tensor,
         down,
         up,
         alpha,
         y,
         hidden,
+        partials,
         rows.count,
         rows.positions,
         rows.features,
@@ -292,11 +328,14 @@ def forward(
         ACTIVATION=ACTIVATIONS.index(activation),
         EXACT=exact(down.dtype),
         SAVE=save,
+        STATS=stats,
+        LANES=min(32 * tiles.num_warps, tiles.block_m * tiles.block_d // vector),
+        VECTOR=vector,
         RANK=padded(rank),
         BLOCK_M=tiles.block_m,
         BLOCK_D=tiles.block_d,
     )
-    return y, hidden
+    return y, hidden, partials
 
 
 def backward(
@@ -402,15 +441,23 @@ def build_cases() -> Iterator[BuildCase]:
         yield _build_case(dtype, 64, activation="gelu")
     for config in range(1, len(CONFIGS)):
         yield _build_case(torch.bfloat16, 16, config)
+    for rank in (16, 64):
+        yield _build_case(torch.bfloat16, rank, stats=True)
+    yield _build_case(torch.float32, 16, stats=True)
 
 
-def _build_case(dtype: torch.dtype, rank: int, config: int = 0, activation: str = "identity") -> BuildCase:
+def _build_case(
+    dtype: torch.dtype, rank: int, config: int = 0, activation: str = "identity", stats: bool = False
+) -> BuildCase:
     def call() -> None:
         x = torch.empty((8192, 1024), dtype=dtype, device="meta")
         down, up = x.new_empty((rank, 1024)).t(), x.new_empty((1024, rank)).t()  # as the layers' weights lie in memory
         alpha = x.new_empty((), dtype=torch.float32)
-        _, hidden = forward(x, down, up, alpha, activation, -1, config, save=True)
-        backward(x, x, hidden, down, up, alpha, alpha, activation, -1, config)
+        _, hidden, partials = forward(x, down, up, alpha, activation, -1, config, save=True, stats=stats)
+        if stats:
+            merge_partials(partials, x.numel())
+        else:
+            backward(x, x, hidden, down, up, alpha, alpha, activation, -1, config)
 
-    middle = "" if activation == "identity" else f"{activation}, "
+    middle = ("" if activation == "identity" else f"{activation}, ") + "statistics, " * stats
     return BuildCase(dtype, f"rank {rank}, {middle}config {config}", call, default=config == 0)

@@ -52,6 +52,16 @@ def rows_of(x: Tensor, dim: int) -> Rows:
     return Rows(x, samples, positions, x.shape[dim], (sample_stride, position_stride, x.stride(dim)))
 
 
+def dense(x: Tensor) -> bool:
+    """Whether the elements of ``x`` lie in memory one after the other in some order, without gaps or overlaps."""
+    expected = 1
+    for stride, size in sorted((x.stride(d), x.shape[d]) for d in range(x.ndim) if x.shape[d] != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
 def _collapsed(x: Tensor, dims: range) -> tuple[int, int] | None:
     """Size and stride of these neighbouring dimensions as one, or None where they do not lie so in memory."""
     size = math.prod(x.shape[d] for d in dims)

@@ -6,6 +6,7 @@ is 0, y is x and the gradients of A, B and alpha are 0, whatever A and B hold.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from torch.nn import functional
 from esper_fx._torch import triton_op
 from esper_fx.kernels.launch import runs_kernels
 from esper_fx.kernels.rows import rows_of
+from esper_fx.ops.site_stats import FIELDS as STATS_FIELDS
+from esper_fx.ops.site_stats import reference as reference_stats
 
 
 @triton_op("esper::low_rank")
@@ -48,7 +51,35 @@ def low_rank(
     if runs_kernels(x):
         from esper_fx.kernels import low_rank as kernels
 
-        return kernels.forward(x, down, up, alpha, activation, dim, config, save)
+        return kernels.forward(x, down, up, alpha, activation, dim, config, save)[:2]
+    return _reference(x, down, up, alpha, activation, dim, save)
+
+
+@triton_op("esper::low_rank_stats")
+def low_rank_stats(
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    alpha: Tensor,
+    gate: Tensor,
+    activation: str = "identity",
+    dim: int = -1,
+    config: int = 0,
+    save: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`low_rank`, and what :func:`esper_fx.ops.site_stats.site_stats` says of ``x``, in the same read of it."""
+    if runs_kernels(x):
+        from esper_fx.kernels import low_rank as kernels
+        from esper_fx.kernels.moments import merge_partials
+
+        y, hidden, partials = kernels.forward(x, down, up, alpha, activation, dim, config, save, stats=True)
+        return y, hidden, merge_partials(partials, x.numel())
+    return *_reference(x, down, up, alpha, activation, dim, save), reference_stats(x)
+
+
+def _reference(
+    x: Tensor, down: Tensor, up: Tensor, alpha: Tensor, activation: str, dim: int, save: bool
+) -> tuple[Tensor, Tensor]:
     features = x.movedim(dim, -1)
     hidden = features.to(down.dtype) @ down
     delta = (_activate(hidden, activation) @ up).movedim(-1, dim)
@@ -114,6 +145,22 @@ def _low_rank_fake(
     return torch.empty_like(rows.tensor), down.new_empty((rows.count if save else 0, down.shape[1]))
 
 
+@low_rank_stats.register_fake
+def _low_rank_stats_fake(
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    alpha: Tensor,
+    gate: Tensor,
+    activation: str = "identity",
+    dim: int = -1,
+    config: int = 0,
+    save: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    y, hidden = _low_rank_fake(x, down, up, alpha, gate, activation, dim, config, save)
+    return y, hidden, x.new_empty(len(STATS_FIELDS), dtype=torch.float64)
+
+
 @low_rank_backward.register_fake
 def _low_rank_backward_fake(
     grad: Tensor,
@@ -131,20 +178,21 @@ def _low_rank_backward_fake(
     return torch.empty_like(rows_of(x, dim).tensor), ddown, dup, torch.empty_like(alpha)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, down, up, alpha, gate, *ctx.options, save = inputs
     if not save:
         raise RuntimeError("esper::low_rank was called with save=False, but a gradient is asked for; pass save=True")
     ctx.save_for_backward(x, output[1], down, up, alpha, gate)
-    ctx.mark_non_differentiable(output[1])
+    ctx.mark_non_differentiable(*output[1:])
 
 
-def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
     gradients = low_rank_backward(grad, *ctx.saved_tensors, *ctx.options)
     return (*gradients, None, None, None, None, None)
 
 
 low_rank.register_autograd(_backward, setup_context=_setup_context)
+low_rank_stats.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _activate(x: Tensor, activation: str) -> Tensor:
@@ -161,4 +209,8 @@ def _activate_grad(x: Tensor, activation: str) -> Tensor:
     return torch.ones_like(x)
 
 
-_FUNCTIONS = {"relu": functional.relu, "gelu": functional.gelu, "silu": functional.silu}
+_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": functional.relu,
+    "gelu": functional.gelu,
+    "silu": functional.silu,
+}

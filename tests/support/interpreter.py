@@ -1,7 +1,7 @@
 """Triton's interpreter, made to compute bfloat16 as GPUs do.
 
-It multiplies bfloat16 operands as the integers that hold them, and cuts float32 off to bfloat16 instead of rounding it, which
-is twice as far off and always towards zero.
+It multiplies bfloat16 operands as the integers that hold them, widens subnormal ones to something else, and cuts float32 off
+to bfloat16 instead of rounding it, which is twice as far off and always towards zero.
 """
 
 from __future__ import annotations
@@ -26,14 +26,17 @@ def rounded(values: Any) -> Any:
 def _convert(values: Any, source: Any, target: Any, rounding: Any) -> Any:
     if source == tl.float32 and target == tl.bfloat16:
         return rounded(values)
+    if source == tl.bfloat16 and target == tl.float32:
+        return values.astype(numpy.uint32) << 16
     return _convert_float(values, source, target, rounding)
 
 
 def _widened(operand: Any) -> Any:
     if operand.dtype.scalar != tl.bfloat16:
         return operand
-    bits = operand.data.astype(numpy.uint32) << 16
-    return interpreter.TensorHandle(bits.view(numpy.float32), tl.float32)
+    return interpreter.TensorHandle(
+        _convert(operand.data, tl.bfloat16, tl.float32, None).view(numpy.float32), tl.float32
+    )
 
 
 def _dot(self: Any, a: Any, b: Any, *others: Any) -> Any:

@@ -83,7 +83,7 @@ def run_low_rank(target: Target) -> list[tuple[str, str]]:
     alpha, gate = torch.empty(5, device="meta")[1], torch.empty(5, device="meta")[3]
     with set_wrap_triton_enabled(False):  # as while an operator runs
         for _ in range(2):
-            _, hidden = low_rank.forward(x, down, up, alpha, "identity", -1, 0, save=True)
+            _, hidden, _ = low_rank.forward(x, down, up, alpha, "identity", -1, 0, save=True)
             low_rank.backward(x, x, hidden, down, up, alpha, gate, "identity", -1, 0)
     return gpu.launched
 

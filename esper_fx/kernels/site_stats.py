@@ -1,0 +1,94 @@
+"""Count, mean, M2, largest absolute value and number of non-finite values of a tensor.
+
+Bytes moved for ``N`` elements: x is read once, in the order it lies in memory; beside it partial results of 32
+bytes a program are written, and read by the kernel that merges them: 512 programs by default, fewer for a small x.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from esper_fx.kernels.build_cases import BuildCase
+from esper_fx.kernels.launch import Config, launch, pick
+from esper_fx.kernels.moments import FIELDS, accumulate, merge_partials, store_partial
+from esper_fx.kernels.rows import dense
+
+#: ``block_m`` loads of 16 bytes, ``num_stages`` deep, are in flight in each of ``block_d`` lanes; a thread is one lane or more.
+#: The first is the default.
+CONFIGS = (
+    Config(4, 128, 4, 3),
+    Config(4, 256, 8, 3),
+    Config(4, 256, 4, 3),
+    Config(4, 32, 1, 3),
+    Config(8, 128, 4, 2),
+    Config(2, 128, 4, 4),
+)
+
+#: Lanes of all programs together: enough to keep an H100's memory busy, and all of them run at once there.
+MOST_LANES = 65536
+
+
+@triton.jit(do_not_specialize=("elements",))
+def partial_kernel(
+    x_ptr, partials_ptr, elements, LOADS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr
+):
+    TILE: tl.constexpr = LOADS * LANES * VECTOR
+    load = tl.arange(0, LOADS)[:, None, None]
+    lane = tl.arange(0, LANES)[None, :, None]
+    place = (load * LANES + lane) * VECTOR + tl.arange(0, VECTOR)[None, None, :]
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    count = tl.zeros([LANES], tl.float32)
+    mean = tl.zeros([LANES], tl.float64)
+    squares = tl.zeros([LANES], tl.float64)
+    largest = tl.zeros([LANES], tl.float32)
+    tiles = elements // TILE
+    end = tiles.to(tl.int64) * TILE
+    for start in tl.range(program.to(tl.int64) * TILE, end, programs.to(tl.int64) * TILE, num_stages=STAGES):
+        x = tl.load(x_ptr + start + place)
+        count, mean, squares, largest = accumulate(count, mean, squares, largest, x.to(tl.float32))
+    if program == tiles % programs:  # the rest is next in turn; apart, so that no mask stands in the way of wide loads
+        x = tl.load(x_ptr + end + place, mask=place < elements - end, other=float("nan"))
+        count, mean, squares, largest = accumulate(count, mean, squares, largest, x.to(tl.float32))
+    store_partial(partials_ptr, count, mean, squares, largest)
+
+
+def forward(x: Tensor, config: int) -> Tensor:
+    """Statistics of ``x``, float64 ``[5]``; ``x`` is copied where it has gaps or overlaps in memory."""
+    tiles = pick(CONFIGS, config)
+    x = x if dense(x) else x.contiguous()
+    vector = 16 // x.element_size()
+    programs = min(MOST_LANES // tiles.block_d, triton.cdiv(x.numel(), tiles.block_m * tiles.block_d * vector))
+    partials = torch.empty((FIELDS, programs), dtype=torch.float64, device=x.device)
+    launch(
+        partial_kernel,
+        (programs,),
+        x,
+        partials,
+        x.numel(),
+        config=tiles,
+        LOADS=tiles.block_m,
+        LANES=tiles.block_d,
+        VECTOR=vector,
+        STAGES=tiles.num_stages,
+    )
+    return merge_partials(partials, x.numel())
+
+
+def build_cases() -> Iterator[BuildCase]:
+    """What is compiled ahead of time: all configurations in bfloat16, and the default one in other dtypes."""
+    for config in range(len(CONFIGS)):
+        yield _build_case(torch.bfloat16, config)
+    for dtype in (torch.float16, torch.float32):
+        yield _build_case(dtype, 0)
+
+
+def _build_case(dtype: torch.dtype, config: int) -> BuildCase:
+    def call() -> None:
+        forward(torch.empty((8192, 1024), dtype=dtype, device="meta"), config)
+
+    return BuildCase(dtype, f"config {config}", call, default=config == 0)
