@@ -18,11 +18,6 @@ KINDS = {
     "bottleneck": [{"width": 8}],
     "channel_gate": [{}],
     "depthwise_conv": [{}],
-    "gated_mlp": [{"width": 8}],
-    "affine": [{}],
-    "conv": [{"width": 4}],
-    "attention": [{"heads": 2}],
-    "sequence": [{"parts": ["affine", ("low_rank", {"rank": 2})]}],
     "test_adapter": [{"width": 4}],
 }
 

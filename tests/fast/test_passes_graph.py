@@ -172,7 +172,7 @@ def test_what_cannot_be_described_is_refused() -> None:
 @pytest.mark.parametrize(
     ("function", "name"),
     [
-        (ops.seed_input, "esper_fx.ops.seed_input"),
+        (ops.seed_input, "esper_fx.ops.seed.seed_input"),
         (torch.ops.aten.add.Tensor, "torch.ops.aten.add.Tensor"),
         (torch.ops.esper.seed, "torch.ops.esper.seed"),
         (operator.getitem, "_operator.getitem"),
