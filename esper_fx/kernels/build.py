@@ -7,13 +7,15 @@ import importlib
 import json
 import multiprocessing
 import os
+import re
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +28,10 @@ from esper_fx.kernels.targets import Target
 
 # What Triton notes with a binary and is a path on the machine that compiled it.
 _PATHS = ("extern_libs",)
+# What a compiler writes where something is wrong, how much of it is shown, and how the file's name ends where it is kept.
+_ERROR = re.compile(r"\berror:|Assertion .* failed|LLVM ERROR", re.IGNORECASE)
 _MESSAGE_LENGTH = 300
+_SAID = ".said"
 
 
 @dataclass(frozen=True)
@@ -82,26 +87,48 @@ def plan(cases: Iterable[BuildCase], targets: Iterable[Target]) -> dict[Job, lis
 def build(jobs: Iterable[Job], processes: int) -> Iterator[Built]:
     """Compile, in no particular order.
 
+    A kernel that brings its process down, as an assertion that fails within LLVM does, is found by compiling what is left
+    one after the other, and reported as one that does not compile.
+
     Args:
         jobs: What to compile.
         processes: How many at a time.
 
     Raises:
-        KernelBuildError: A process died.
+        KernelBuildError: No process could compile anything.
     """
-    with tempfile.TemporaryDirectory(prefix="esper-fx-kernels-") as folder:
-        # Spawned, not forked: Triton reads the environment, and PyTorch's threads do not survive a fork.
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(processes, context, initializer=_begin, initargs=(folder,)) as pool:
-            try:
-                for done in as_completed([pool.submit(compile_job, job) for job in jobs]):
+    left, finished, alone = dict.fromkeys(jobs), 0, False
+    while left:
+        with tempfile.TemporaryDirectory(prefix="esper-fx-kernels-") as folder:
+            for built in _build(list(left), 1 if alone else processes, folder):
+                finished += 1
+                del left[built.job]
+                yield built
+            if not left:
+                return
+            if alone:  # one process takes them in order
+                said = "".join(path.read_text(errors="replace") for path in Path(folder).glob(f"*{_SAID}"))
+                if not finished:
+                    raise KernelBuildError(
+                        f"no process that compiles kernels lives: {_first_error(said) or 'no message'}"
+                    )
+                culprit = next(iter(left))
+                del left[culprit]
+                yield Built(culprit, 0.0, problem=f"the compiler crashed: {_first_error(said) or 'no message'}")
+        alone = not alone
+
+
+def _build(jobs: Sequence[Job], processes: int, folder: str) -> Iterator[Built]:
+    """Compile until all are done or a process dies."""
+    # Spawned, not forked: Triton reads the environment, and PyTorch's threads do not survive a fork.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, context, initializer=_begin, initargs=(folder,)) as pool:
+        try:
+            for done in as_completed([pool.submit(compile_job, job) for job in jobs]):
+                if not isinstance(done.exception(), BrokenProcessPool):
                     yield done.result()
-            except BrokenProcessPool as error:
-                raise KernelBuildError(
-                    "a process that compiled kernels ended, perhaps for lack of memory: try fewer at a time (--jobs 1)"
-                ) from error
-            finally:
-                pool.shutdown(cancel_futures=True)
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _begin(folder: str) -> None:
@@ -149,26 +176,33 @@ def _without_paths(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _message(error: Exception, said: str) -> str:
-    """The first line that says what is wrong: of what the compiler wrote, or else of the exception."""
-    lines = [line.strip() for line in said.splitlines() if "error:" in line]
-    first = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {(lines or first)[0]}"[:_MESSAGE_LENGTH]
+    """What is wrong: the first error that the compiler wrote, or else first and last line of what the exception comes from."""
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    told = " … ".join(dict.fromkeys(lines[:1] + lines[-1:]))  # in between Triton shows source
+    return f"{type(error).__name__}: {(_first_error(said) or told)[:_MESSAGE_LENGTH]}"
+
+
+def _first_error(said: str) -> str:
+    """The first line of what the compiler wrote that tells of an error; empty where none does."""
+    return next((line.strip()[:_MESSAGE_LENGTH] for line in said.splitlines() if _ERROR.search(line)), "")
 
 
 @contextlib.contextmanager
-def _native_errors() -> Iterator[Any]:
-    """Collect what the compiler writes to the standard error stream, which may be pages, instead of showing it."""
+def _native_errors() -> Iterator[Callable[[], str]]:
+    """Collect what the compiler writes to the standard error stream, which may be pages, instead of showing it.
+
+    It goes into Triton's cache folder, where it is found after a crash.
+    """
     sys.stderr.flush()
     kept = os.dup(2)
-    with tempfile.TemporaryFile("w+") as file:
-
-        def said() -> str:
-            file.seek(0)
-            return file.read()
-
+    path = Path(os.environ["TRITON_CACHE_DIR"], f"{os.getpid()}{_SAID}")
+    with path.open("w") as file:
         os.dup2(file.fileno(), 2)
         try:
-            yield said
+            yield lambda: path.read_text(errors="replace")
         finally:
             os.dup2(kept, 2)
             os.close(kept)

@@ -144,3 +144,14 @@ def test_example_calls_launch_and_nothing_runs() -> None:
     for case, names in zip(cases, launches, strict=True):
         if "low_rank" in case.call.__module__:
             assert names == (["forward_kernel", "merge_kernel"] if "statistics" in case.label else list(LOW_RANK))
+
+
+def test_kernels_that_do_not_compile_or_crash_the_compiler_are_told_and_the_others_built() -> None:
+    done = run(["tests.support.tiny_kernels"])
+    assert done.returncode == 0, done.stderr
+    problems, built = zip(*json.loads(done.stdout), strict=True)
+    assert built == (True, False, False, True, False, True)
+    assert [problem for problem, good in zip(problems, built, strict=True) if good] == [None] * 3
+    assert problems[1] == problems[4] == "the compiler crashed: LLVM ERROR: out of luck"
+    assert problems[2] == "CompilationError: Shape element 0 must be a power of 2"
+    assert "out of luck" not in done.stderr
