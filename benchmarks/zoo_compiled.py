@@ -8,7 +8,7 @@ import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from time import perf_counter
 from typing import Any
 
@@ -175,29 +175,84 @@ def _examine(architecture: Architecture, seed: int, outcome: Outcome, dtype: tor
     before = step(model, inputs, seed)
     if any(not torch.equal(found, before[name]) for name, found in step(model, inputs, seed + 1).items()):
         raise Miss("two eager calls differ: something in it is random")
-    grown = model.seeds[chance.choice(list(model.seeds))]
-    blueprint, weights = choose(grown, chance, seed)
-    outcome.grown = f"{blueprint} at {grown.name}"
-    grown.germinate(blueprint, weights=weights)
-    expected = step(model, inputs, seed)
-    effect = difference(_outputs(expected), _outputs(before))[0]
-    if effect < LEAST_EFFECT:
-        raise Miss(f"{outcome.grown} changes the outputs by {effect:.1e} only")
+    outcome.grown, expected = grow(model, inputs, seed, chance, before)
     exact = Exact(model, inputs, seed)
-
-    fast = torch.compile(model, backend="esper")
-    found = step(fast, inputs, seed)  # type: ignore[arg-type]
-    plans = model.stats().plans
-    if not plans or set(plans) != {"whole"}:
-        raise Miss(f"not compiled: its programs run as {', '.join(plans) or 'nothing'}")
-    outcome.whole, where, arbiter = judge(found, expected, exact)
-    outcome.where, outcome.arbiter = where, arbiter
-    outcome.regions = run_in_blocks(model, lambda: step(fast, inputs, seed))  # type: ignore[arg-type]
-    if outcome.regions:
-        outcome.blocks, where, arbiter = judge(step(fast, inputs, seed), expected, exact)  # type: ignore[arg-type]
+    found = Compiled(model, inputs, seed)
+    outcome.regions = found.regions
+    outcome.whole, outcome.where, outcome.arbiter = judge(found.whole, expected, exact)
+    if found.blocks:
+        outcome.blocks, where, arbiter = judge(found.blocks, expected, exact)
         if outcome.blocks > outcome.whole:
             outcome.where, outcome.arbiter = where, arbiter
     outcome.recompiles = model.stats().recompiles
+    if outcome.worst > DIFFERENCE.at_most and _agree_in_outputs(found, expected):
+        compare_in_double(model, inputs, seed, expected, exact, outcome)
+
+
+def grow(
+    model: MorphableModel, inputs: Inputs, seed: int, chance: random.Random, before: Mapping[str, Tensor]
+) -> tuple[str, dict[str, Tensor]]:
+    """Grow a body at a random site at which it changes the outputs; returns what grew where, and a step with it."""
+    sites = list(model.seeds)
+    while sites:
+        grown = model.seeds[sites.pop(sites.index(chance.choice(sites)))]
+        blueprint, weights = choose(grown, chance, seed)
+        grown.germinate(blueprint, weights=weights)
+        expected = step(model, inputs, seed)
+        if difference(_outputs(expected), _outputs(before))[0] >= LEAST_EFFECT:
+            return f"{blueprint} at {grown.name}", expected
+        grown.prune()
+    raise Miss(f"at no site did a body change the outputs by {LEAST_EFFECT:.1e}")
+
+
+class Compiled:
+    """What a model computes under backend "esper".
+
+    Attributes:
+        whole: A step with the plan ``whole``.
+        blocks: A step with the plan ``blocks``; empty where there is none.
+        regions: How many regions the plan ``blocks`` has.
+    """
+
+    def __init__(self, model: MorphableModel, inputs: Inputs, seed: int) -> None:
+        fast: Any = torch.compile(model, backend="esper")
+        self.whole = step(fast, inputs, seed)
+        plans = model.stats().plans
+        if not plans or set(plans) != {"whole"}:
+            raise Miss(f"not compiled: its programs run as {', '.join(plans) or 'nothing'}")
+        self.regions = run_in_blocks(model, lambda: step(fast, inputs, seed))
+        self.blocks = step(fast, inputs, seed) if self.regions else {}
+
+
+def _agree_in_outputs(found: Compiled, expected: Mapping[str, Tensor]) -> bool:
+    sides = (side for side in (found.whole, found.blocks) if side)
+    return all(difference(_outputs(side), _outputs(expected))[0] <= DIFFERENCE.at_most for side in sides)
+
+
+def compare_in_double(
+    model: MorphableModel, inputs: Inputs, seed: int, expected: Mapping[str, Tensor], exact: Exact, outcome: Outcome
+) -> None:
+    """Compare compiled with eager in float64, where in float32 the outputs agree and a gradient does not.
+
+    A gradient jumps where a value crosses a kink (of a ReLU, of a maximum), and a rounding error is enough for that. The
+    outcome says by how much eager's own gradients change in float32 if the parameters do by a millionth.
+    """
+    nudged = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in nudged.parameters():
+            parameter.mul_(1 + 1e-6 * torch.randn(parameter.shape, generator=generator))
+    own, _ = difference(step(nudged, inputs, seed), expected)
+    torch.compiler.reset()
+    found = Compiled(exact.model, exact.inputs, seed)
+    outcome.arbiter = (
+        f"in float64; in float32 {outcome.worst:.1e} at {outcome.where}, and eager's own gradients change by {own:.1e} with "
+        "parameters changed by 1e-6"
+    )
+    outcome.whole, outcome.where = difference(found.whole, exact.found)
+    if found.blocks:
+        outcome.blocks, where = difference(found.blocks, exact.found)
+        outcome.where = where if outcome.blocks > outcome.whole else outcome.where
 
 
 def run_in_blocks(model: MorphableModel, call: Callable[[], object]) -> int:
@@ -290,15 +345,22 @@ def step(net: nn.Module, inputs: Inputs, seed: int) -> dict[str, Tensor]:
 
 
 class Exact:
-    """What a model computes eagerly in float64; computed when it is asked for."""
+    """What a model computes eagerly in float64; computed when it is asked for.
+
+    Attributes:
+        model: A copy of the model in float64.
+        inputs: The inputs in float64.
+    """
 
     def __init__(self, model: MorphableModel, inputs: Inputs, seed: int) -> None:
-        self._step = partial(step, copy.deepcopy(model).double(), as_double(inputs), seed)
+        self.model = copy.deepcopy(model).double()
+        self.inputs = as_double(inputs)
+        self._seed = seed
 
     @cached_property
     def found(self) -> dict[str, Tensor]:
         """Outputs and gradients."""
-        return self._step()
+        return step(self.model, self.inputs, self._seed)
 
 
 def judge(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], exact: Exact) -> tuple[float, str, str]:

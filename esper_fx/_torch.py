@@ -72,8 +72,14 @@ CHANNEL_FIRST_LAYERS: tuple[type[nn.Module], ...] = (
 
 
 def storage_id(tensor: torch.Tensor) -> int:
-    """What tells the memory of tensors apart while they live, also of tensors without data."""
-    return int(tensor.untyped_storage()._cdata)
+    """What tells the memory of tensors apart while they live, also of tensors without data.
+
+    A tensor that wraps others (in `torch.vmap`) has none, and stands for itself.
+    """
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except NotImplementedError:
+        return id(tensor)
 
 
 @contextlib.contextmanager

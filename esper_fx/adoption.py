@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 from torch import fx, nn
 
 from esper_fx.branch import NAMESPACE, Branch, mangled
-from esper_fx.original import Original, Swap
+from esper_fx.original import OWN_FORWARD, Original, Swap
 from esper_fx.passes.pipeline import Draft
 from esper_fx.site import is_linear_kind
 
@@ -24,8 +23,7 @@ def adopt(scope: str, draft: Draft, branch: Branch) -> fx.Graph:
     compiled = fx.GraphModule(nn.Module(), fx.Graph())
     compiled.graph = draft.graph  # not given at once, or it would look up all that the graph calls
     members["forward"] = type(compiled).forward
-    base = type(module) if scope and not isinstance(module, fx.GraphModule) else plain_base(module)
-    module.__class__ = type(f"Traced{type(module).__name__}", (base,), members)
+    module.__class__ = type(f"Traced{type(module).__name__}", (plain_base(module),), members)
     return draft.graph
 
 
@@ -36,6 +34,9 @@ def adopt_python(module: nn.Module, site: str, branch: Branch) -> None:
     """
     module.__dict__[NAMESPACE] = branch
     original = type(module).forward
+    if "forward" in vars(module):
+        vars(module)[OWN_FORWARD] = vars(module).pop("forward")
+        original = _own_forward
     name = mangled(site)
     sources = 1 if is_linear_kind(module) else 0
 
@@ -49,18 +50,10 @@ def adopt_python(module: nn.Module, site: str, branch: Branch) -> None:
     module.__class__ = type(f"Seeded{type(module).__name__}", (type(module),), {**members, "forward": forward})
 
 
+def _own_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return vars(module)[OWN_FORWARD](*args, **kwargs)
+
+
 def plain_base(module: nn.Module) -> type[nn.Module]:
-    """The class to derive from: containers would count the seeds among their items, graph modules run their own graph."""
-    others = (nn.Sequential, nn.ModuleList, nn.ModuleDict, fx.GraphModule)
-    return nn.Module if isinstance(module, others) else type(module)
-
-
-def in_turn(names: list[str]) -> Callable[..., Any]:
-    """The forward of a Sequential that stays Python: its own would count the seeds among its items."""
-
-    def forward(self: nn.Module, input: Any) -> Any:
-        for name in names:
-            input = getattr(self, name)(input)
-        return input
-
-    return forward
+    """The class to derive from: graph modules run their own graph."""
+    return nn.Module if isinstance(module, fx.GraphModule) else type(module)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keyword
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -58,5 +59,5 @@ class Branch(nn.Module):
 
 
 def mangled(site: str) -> str:
-    """A site's name as that of a submodule."""
-    return site.replace(".", "/")
+    """A site's name as that of a submodule; never a word that generated code would take for something else."""
+    return f"{site}/" if keyword.iskeyword(site) else site.replace(".", "/")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 
+import torch
 from torch import nn
 
 from esper_fx.branch import NAMESPACE, mangled
@@ -14,8 +15,9 @@ from esper_fx.passes.find_sites import Sites, chosen, find_sites
 from esper_fx.passes.find_sources import find_sources
 from esper_fx.passes.names import above, join
 from esper_fx.passes.pipeline import Draft, PassRecord, Pipeline
+from esper_fx.passes.reach import is_reached_into
 from esper_fx.passes.splice import splice
-from esper_fx.passes.trace import TraceError, trace
+from esper_fx.passes.trace import TraceError, has_forward, trace
 
 logger = logging.getLogger(__name__)
 
@@ -32,31 +34,35 @@ class Scoping:
         reasons: Why a module could not be traced, by path.
     """
 
-    def __init__(self, root: nn.Module, sites: Sites) -> None:
+    def __init__(self, root: nn.Module, sites: Sites, opened: Collection[str] = ()) -> None:
         self.drafts: dict[str, Draft] = {}
         self.records: list[PassRecord] = []
         self.reasons: dict[str, str] = {}
         self._sites = sites
+        self._opened = opened
         self._modules = dict(root.named_modules())
         self._names = {id(module): name for name, module in self._modules.items()}
         self._chosen = chosen(sites, self._modules)
         self._above_chosen = {outer for name in self._chosen for outer in above(name)}
         self._seen: set[int] = set()
-        self._divide(root, "")
+        self._divide(root, "", ())
 
-    def _divide(self, module: nn.Module, path: str) -> None:
+    def _divide(self, module: nn.Module, path: str, callers: tuple[type[nn.Module], ...]) -> None:
         if id(module) in self._seen or self._names.get(id(module)) != path:
             return  # it is called by another name as well, and was looked at under that
         self._seen.add(id(module))
         draft = Draft(module)
         try:
+            outside = path in self._opened or is_reached_into(module, path.rpartition(".")[2], callers)
+            if outside and has_forward(module):
+                raise TraceError(f"parts of {type(module).__name__} are called by code outside of it")
             self.records += morph_pipeline(self._sites, self._modules, path).run(draft)
         except TraceError as error:
             logger.info("%s stays plain Python: %s", path or "the model's own forward", error)
             self.reasons[path] = str(error)
-            if path in self._chosen and type(module).forward is not nn.Module.forward:
+            if path in self._chosen and has_forward(module):
                 self.drafts[path] = Draft(module, sites={path: []})
-            self._divide_children(module, path)
+            self._divide_children(module, path, callers)
         else:
             self.drafts[path] = draft
             assert draft.graph is not None
@@ -65,14 +71,17 @@ class Scoping:
                 if node.op == "call_module" and node.target not in seeds:
                     self._open(join(path, str(node.target)))
 
-    def _divide_children(self, module: nn.Module, path: str) -> None:
+    def _divide_children(self, module: nn.Module, path: str, callers: tuple[type[nn.Module], ...]) -> None:
+        if isinstance(module, torch.jit.ScriptModule):
+            return  # what is in it has no Python to call a seed
         for name, child in module.named_children():
-            self._divide(child, join(path, name))
+            self._divide(child, join(path, name), (*callers, type(module)))
 
     def _open(self, leaf: str) -> None:
         """Look into a module that a graph calls as a whole, if a site was asked for in there."""
         if leaf in self._above_chosen:
-            self._divide_children(self._modules[leaf], leaf)
+            outer = (self._modules[name] for name in above(leaf))
+            self._divide_children(self._modules[leaf], leaf, tuple(type(module) for module in outer))
 
 
 def morph_pipeline(sites: Sites, modules: Mapping[str, nn.Module], scope: str = "") -> Pipeline:

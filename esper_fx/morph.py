@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 from torch import nn
 
 from esper_fx._garbage import collecting_later
-from esper_fx.adoption import adopt, adopt_python, in_turn, plain_base
+from esper_fx.adoption import adopt, adopt_python, plain_base
 from esper_fx.branch import NAMESPACE, Branch
 from esper_fx.checkpoint import watch_loading
+from esper_fx.containers import goes_through_parts, items_of, on_parts
 from esper_fx.drafting import Scoping
 from esper_fx.errors import MorphError, SiteError
 from esper_fx.feature_dim import FeatureDim, feature_dims
@@ -22,7 +23,7 @@ from esper_fx.original import Original, Swap, additions, footprint, original_of
 from esper_fx.passes.auto_sites import MAX_SITES, auto_sites
 from esper_fx.passes.find_sites import Sites, no_match_message
 from esper_fx.passes.flow import observe, of_graph
-from esper_fx.passes.names import join
+from esper_fx.passes.names import above, join
 from esper_fx.passes.pipeline import Draft
 from esper_fx.passes.trace import TraceError, trace
 from esper_fx.passes.trace_report import class_names, trace_report
@@ -87,7 +88,16 @@ def morph(
         sites = _auto(root, example_inputs, max_sites)
     with collecting_later():
         model = _assemble(root, sites, feature_dim, seed)
-    if example_inputs is not None:
+    if example_inputs is None:
+        return model
+    _learn_values(model, example_inputs)
+    missed = [site for site, item in model.seeds.items() if not item.seen]
+    if called := _called(net, example_inputs, missed):
+        # Code around a traced module calls parts of it past its graph: that module must not be traced as one.
+        with collecting_later():
+            model = _assemble(
+                replica(net), sites, feature_dim, seed, opened={o for site in called for o in above(site)}
+            )
         _learn_values(model, example_inputs)
     return model
 
@@ -95,10 +105,17 @@ def morph(
 wrap = morph
 
 
-def _assemble(root: nn.Module, sites: Sites, feature_dim: FeatureDim, seed: int) -> MorphableModel:
-    """Make a replica a model that can grow; the arguments are those of `morph`."""
+def _assemble(
+    root: nn.Module, sites: Sites, feature_dim: FeatureDim, seed: int, opened: Collection[str] = ()
+) -> MorphableModel:
+    """Make a replica a model that can grow.
+
+    Args:
+        root: The replica; the other arguments are those of `morph`.
+        opened: Modules whose forwards must stay Python.
+    """
     classes = class_names(root)
-    scoping = Scoping(root, sites)
+    scoping = Scoping(root, sites, opened)
     drafts = scoping.drafts
     if not drafts:
         raise MorphError(f"no part of {type(root).__name__} can be traced: {_why_not(root)}")
@@ -128,7 +145,8 @@ def _assemble(root: nn.Module, sites: Sites, feature_dim: FeatureDim, seed: int)
             adopt_python(draft.root, scope, branch)
     model = _as_morphable(root)
     model.__dict__.pop(NAMESPACE, None)
-    model.add_module(NAMESPACE, branch)
+    # add_module would take it for there already where a wrapper looks names up in what it wraps.
+    model._modules[NAMESPACE] = branch
     model.growth = growth
     model.pass_records = scoping.records
     model.graphs = graphs
@@ -160,11 +178,13 @@ def _why_not(module: nn.Module) -> str:
 
 
 def _as_morphable(root: nn.Module) -> MorphableModel:
-    base = plain_base(root)
+    base, original = plain_base(root), original_of(root)
     name = type(root).__name__.removeprefix("Traced")
-    bases = (MorphableModel,) if base is nn.Module else (MorphableModel, base)
-    forward = in_turn(list(root._modules)) if type(root).forward is nn.Sequential.forward else type(root).forward
-    members = Original(type(root), "", Swap.PYTHON).members() if original_of(root) is None else {}
+    members, forward = {}, type(root).forward
+    if original is None:
+        members = Original(type(root), "", Swap.PYTHON).members()
+        forward = on_parts(forward) if goes_through_parts(root) else forward
+    bases = (MorphableModel, *items_of(base), *(() if base is nn.Module else (base,)))
     root.__class__ = type(f"Morphable{name}", bases, {**members, "forward": forward})
     assert isinstance(root, MorphableModel)
     return root
@@ -175,12 +195,32 @@ def _learn_values(model: MorphableModel, example_inputs: Inputs) -> None:
 
     def watch(copied: nn.Module, call: Callable[[], Any]) -> MorphableModel:
         assert isinstance(copied, MorphableModel)
+        # No step of training: and the state arrays cannot be read while their copies have no data.
+        for key in [key for key, hook in copied._forward_pre_hooks.items() if hook is _before_eager_forward]:
+            del copied._forward_pre_hooks[key]
         call()
         return copied
 
     copied = rehearse(model, example_inputs, watch, type(model).__name__.removeprefix("Morphable"))
     for mine, theirs in zip(model.growth.by_index, copied.growth.by_index, strict=True):
         mine._spec, mine.container, mine.seen = theirs._spec, theirs.container, theirs.seen
+
+
+def _called(net: nn.Module, example_inputs: Inputs, names: Collection[str]) -> set[str]:
+    """Which of these modules a call of the model calls."""
+    if not names:
+        return set()
+
+    def watch(copied: nn.Module, call: Callable[[], Any]) -> set[str]:
+        found: set[str] = set()
+        modules = {name: module for name, module in copied.named_modules() if name in names}
+        handles = [module.register_forward_hook(lambda *_, n=name: found.add(n)) for name, module in modules.items()]
+        call()
+        for handle in handles:
+            handle.remove()
+        return found
+
+    return rehearse(net, example_inputs, watch, type(net).__name__)
 
 
 def _auto(root: nn.Module, example_inputs: Inputs | None, max_sites: int) -> list[str]:

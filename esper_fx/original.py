@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -38,10 +39,20 @@ class Original:
 
     def members(self) -> dict[str, Any]:
         """What to put into the namespace of the new class."""
-        return {_KEY: self}
+        kind = self.kind
+
+        @functools.wraps(kind.__init__)
+        def __init__(module: nn.Module, *args: Any, **kwargs: Any) -> None:
+            # Called by code of the module's own, as in `type(self)(...)`, the class makes what it has always made.
+            module.__class__ = kind
+            module.__init__(*args, **kwargs)  # type: ignore[misc]
+
+        return {_KEY: self, "__init__": __init__}
 
 
 _KEY = "_esper_original"
+OWN_FORWARD = "_esper_own_forward"
+"""Where a module keeps a forward that was an attribute of it, while its class's forward is another."""
 
 
 def original_of(module: nn.Module) -> Original | None:

@@ -102,8 +102,27 @@ def residual(
     return nodes
 
 
+def owner_of_hook(module: nn.Module) -> tuple[str, nn.Module]:
+    """The module that the parameters of a hook can belong to, and its name in ``module``.
+
+    That is the module itself; or, as what is added to a container would be one more item, the last in it that is none.
+
+    Raises:
+        MorphError: The container is empty.
+    """
+    names: list[str] = []
+    while isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+        items = [(name, item) for name, item in module._modules.items() if item is not None]
+        if not items:
+            raise MorphError(f"a seed on an empty {type(module).__name__} cannot be kept; prune it first")
+        names.append(items[-1][0])
+        module = items[-1][1]
+    return ".".join(names), module
+
+
 def add_residual_hook(
     module: nn.Module,
+    owner: nn.Module,
     holder: str,
     name: str,
     body: nn.Module,
@@ -114,8 +133,8 @@ def add_residual_hook(
     """Let a module return ``y + alpha * body(y)`` where its forward returns ``y``; for forwards that no graph can hold.
 
     torch.fx has no way to write ``f(*args, **kwargs)``, so this is a forward hook: a GraphModule, which is also the
-    submodule ``holder`` and has the body under ``name``. With ``source`` the body reads the module's first positional
-    argument. The other arguments are those of `residual`.
+    submodule ``holder`` of ``owner`` and has the body under ``name``. With ``source`` the body reads the module's first
+    positional argument. The other arguments are those of `residual`.
     """
     graph = fx.Graph()
     _, args, y = (graph.placeholder(argument) for argument in ("module", "args", "y"))
@@ -124,7 +143,7 @@ def add_residual_hook(
     hook = nn.Module().train(module.training)
     hook.add_module(name, body)
     become_graph_module(hook, graph, "Residual")
-    module.add_module(holder, hook)
+    owner.add_module(holder, hook)
     module.register_forward_hook(hook)
 
 

@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from esper_fx._torch import FakeTensorMode, pytree, quiet_fakes
+from esper_fx._torch import FakeTensor, FakeTensorMode, pytree, quiet_fakes
 from esper_fx.errors import MorphError, SiteError
+from esper_fx.passes.effects import Variables, clear_caches
 
 logger = logging.getLogger(__name__)
 
@@ -54,15 +55,26 @@ def rehearse(
 
 def _on_fakes(net: nn.Module, inputs: Inputs, watch: Callable[[nn.Module, Callable[[], Any]], Result]) -> Result:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def is_fake(value: Any) -> bool:
+        return type(value) is FakeTensor and value.fake_mode is mode
+
+    variables = Variables(net)
     own = dict.fromkeys((*net.parameters(), *net.buffers(), *_loose_tensors(net)))
     copied = copy.deepcopy(net, {id(tensor): mode.from_tensor(tensor) for tensor in own})
     fakes = pytree.tree_map_only(Tensor, mode.from_tensor, inputs)
-    with quiet_fakes(), mode, torch.no_grad():
-        return watch(copied, lambda: _call(copied, fakes))
+    try:
+        with quiet_fakes(), mode, torch.no_grad():
+            return watch(copied, lambda: _call(copied, fakes))
+    finally:  # what the code keeps outside the copy, such as masks by their size, outlives it
+        variables.take_back(is_fake)
+        clear_caches(is_fake)
 
 
 def _for_real(net: nn.Module, inputs: Inputs, watch: Callable[[nn.Module, Callable[[], Any]], Result]) -> Result:
-    copied = copy.deepcopy(net, {id(parameter): parameter for parameter in net.parameters()})
+    memo = {id(parameter): parameter for parameter in net.parameters()}
+    computed = [tensor for tensor in _loose_tensors(net) if not tensor.is_leaf]  # copy.deepcopy refuses these
+    copied = copy.deepcopy(net, {**{id(tensor): tensor.detach().clone() for tensor in computed}, **memo})
     values = pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), inputs)
     devices = sorted({t.device.index or 0 for t in net.parameters() if t.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices), torch.no_grad():

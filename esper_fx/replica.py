@@ -1,4 +1,4 @@
-"""Copies of module trees that share every tensor with what they are copies of."""
+"""Copies of module trees that share every tensor with what they are copies of, and TorchScript modules as a whole."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections import OrderedDict
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 
@@ -25,7 +26,9 @@ def replica(net: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
         for value in (*vars(module).values(), *module._parameters.values(), *module._buffers.values()):
             if isinstance(value, Tensor):
                 memo[id(value)] = value
-        if isinstance(module, fx.GraphModule) and id(module) not in memo:
+        if isinstance(module, torch.jit.ScriptModule):
+            memo[id(module)] = module  # a copy would have parameters of its own
+        elif isinstance(module, fx.GraphModule) and id(module) not in memo:
             # Its own way of copying itself loses attributes, hooks and which buffers are not for a state_dict.
             memo[id(module)] = type(module).__new__(type(module))
             graph_modules.append(module)

@@ -142,6 +142,8 @@ class KasminaSeed(nn.Module):
 
     def _on_first(self, value: Any, alpha: Tensor, gate: Tensor) -> Any:
         """Apply the seed to the first item of a tuple or list."""
+        if value is None and self._spec is not None:
+            return None  # a module that returns something else at times
         if not (isinstance(value, tuple | list) and value and isinstance(value[0], Tensor)):
             raise SiteError(
                 f"site {self.name!r} returns a {type(value).__name__}, but a seed needs one floating tensor, or a tuple that "

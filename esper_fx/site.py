@@ -82,7 +82,8 @@ class SiteSpec:
 def is_transposed_linear(module: object) -> bool:
     """Whether a module is a linear map with a weight ``[in, out]``, such as GPT-2's in transformers, known by its shape."""
     # Not the attribute: where it is parametrized, reading it computes it, and may change buffers.
-    weight = module._parameters.get("weight") if isinstance(module, nn.Module) else None
+    known = isinstance(module, nn.Module) and not isinstance(module, torch.jit.ScriptModule)
+    weight = module._parameters.get("weight") if known else None
     named = any(kind.__name__ == "Conv1D" for kind in type(module).__mro__)
     return named and isinstance(weight, torch.Tensor) and weight.ndim == 2 and getattr(module, "nf", None) is not None
 

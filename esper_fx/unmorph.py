@@ -16,9 +16,17 @@ from esper_fx.fold import fold_all
 from esper_fx.lineage import ATTRIBUTE, SeedSnapshot, describe, snapshot
 from esper_fx.model import MorphableModel
 from esper_fx.ops import reads_source
-from esper_fx.original import Swap, original_kind, take_back
+from esper_fx.original import OWN_FORWARD, Swap, original_kind, take_back
 from esper_fx.passes.names import join
-from esper_fx.plain import add_residual_hook, become_graph_module, make_plain, residual, restore_class, set_attribute
+from esper_fx.plain import (
+    add_residual_hook,
+    become_graph_module,
+    make_plain,
+    owner_of_hook,
+    residual,
+    restore_class,
+    set_attribute,
+)
 from esper_fx.replica import replica
 from esper_fx.scopes import Scope, scopes_of
 
@@ -107,15 +115,18 @@ def _rebuild_python(scope: Scope, kept: Mapping[str, SeedSnapshot], memo: dict[i
     module = scope.module
     vars(module).pop(NAMESPACE, None)
     restore_class(module, original_kind(module))
+    if OWN_FORWARD in vars(module):
+        vars(module)["forward"] = vars(module).pop(OWN_FORWARD)
     if not kept:
         return {}
     ((site, seed),) = kept.items()
-    holder, bodies = _free_name(HOLDER, module), nn.Module()
+    inner, owner = owner_of_hook(module)
+    holder, bodies = _free_name(HOLDER, owner), nn.Module()
     name = _add_body(bodies, site, scope.path, seed, memo)
     body = bodies.get_submodule(name)
     _check_seen(seed, module)
-    add_residual_hook(module, holder, name, body, seed.alpha, seed.container, reads_source(seed.body))
-    return {site: f"module {join(scope.path, holder, name)}"}
+    add_residual_hook(module, owner, holder, name, body, seed.alpha, seed.container, reads_source(seed.body))
+    return {site: f"module {join(scope.path, inner, holder, name)}"}
 
 
 _Rebuild = Callable[[Scope, Mapping[str, SeedSnapshot], dict[int, Any]], dict[str, str]]

@@ -24,3 +24,11 @@ def under(name: str, scope: str) -> bool:
 def within(name: str, scope: str) -> str:
     """The name that a module which is under ``scope`` has in there."""
     return name.removeprefix(scope).removeprefix(".")
+
+
+def variable(target: object) -> str | None:
+    """The name of the variable for what a graph reads of ``target``; None where torch.fx finds a good one by itself.
+
+    Generated code has a parameter ``self``, which torch.fx would overwrite with the output of a module of that name.
+    """
+    return "self_1" if target == "self" else None

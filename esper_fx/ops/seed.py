@@ -28,6 +28,8 @@ from esper_fx._torch import FakeTensor
 
 
 class _ScaleGradient(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(x: Tensor, scale: Tensor) -> Tensor:
         return x.view_as(x)

@@ -246,11 +246,35 @@ def test_keyword_arguments_and_structured_outputs_survive() -> None:
         assert actual["x"] is x
 
 
-def test_a_container_becomes_a_plain_module_without_the_seeds_among_its_items() -> None:
-    model = esper_fx.morph(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), sites="*")
-    assert [name for name, _ in model.named_children()] == ["0", "1", "esper"]
-    assert not isinstance(model, nn.Sequential)
-    assert torch.equal(model.get_parameter("0.weight"), model.state_dict()["0.weight"])
+class Named(nn.ModuleDict):
+    """Calls its items in turn."""
+
+    def __init__(self) -> None:
+        super().__init__({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        for module in self.values():
+            x = module(x)
+        return x
+
+
+def test_a_container_has_the_items_that_it_had_and_the_seeds_beside_them() -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    model: Any = esper_fx.morph(net, sites="*")
+    assert [name for name, _ in model.named_children()] == ["0", "1", "2", "esper"]
+    assert isinstance(model, nn.Sequential)
+    assert len(model) == 3
+    assert list(model) == [model[0], model[1], model[-1]]
+    assert model[1] in model
+    assert model.esper not in model
+    assert type(model[1:]) is nn.Sequential
+    assert list(model[1:]) == [model[1], model[2]]
+    named: Any = esper_fx.morph(Named(), sites="*")
+    assert list(named) == list(named.keys()) == ["a", "b"]
+    assert [name for name, _ in named.items()] == ["a", "b"]
+    assert list(named.values()) == [named["a"], named["b"]]
+    assert "esper" not in named
+    assert "a" in named
 
 
 def test_a_root_that_stays_python_has_graphs_of_its_parts_only() -> None:

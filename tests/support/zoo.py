@@ -10,6 +10,21 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
+from tests.support.zoo_habits import (
+    AsList,
+    Children,
+    Features,
+    NoneAtTimes,
+    OwnCall,
+    Past,
+    Selves,
+    Sliced,
+    Stages,
+    Vectorized,
+    Words,
+    Wrapper,
+    replaced_forward,
+)
 from tests.support.zoo_python import (
     Answers,
     BorrowedFunction,
@@ -107,4 +122,31 @@ KINDS: dict[str, Kind] = {
         ["1.0", "1.0.inner", "1.1.inner"],
         {"1.0": "custom autograd function", "1.1": "custom autograd function"},
     ),
+    "a Sequential as a list": Kind(
+        AsList, ["blocks.*", "last"], {"": "control flow", "blocks": "called by code outside of it"}
+    ),
+    "parts of a part": Kind(
+        Past, ["backbone", "backbone.*"], {"": "control flow", "backbone": "called by code outside of it"}
+    ),
+    "a slice of a Sequential": Kind(
+        Sliced, ["blocks", "blocks.1"], {"": "not installed", "blocks": "called by code outside of it"}
+    ),
+    "a Sequential with a forward": Kind(Stages, ["0", "1"], {"": "self.training"}),
+    "a ModuleDict with a forward": Kind(Features, ["stem", "body"], {"": "OrderedDict"}),
+    "all parts in turn": Kind(Children, ["first", "second"], {"": "assigns to an attribute"}),
+    "words of the language": Kind(Words, ["class", "self", "not"], {"": "cannot spell"}),
+    "a part named self": Kind(Selves, ["self", "output"]),
+    "a wrapper": Kind(Wrapper, ["wrapped.*"], {"": ""}),
+    "own call": Kind(
+        lambda: chain(OwnCall()), ["1", "1.layer"], {"": "__call__ of its own", "1": "__call__ of its own"}
+    ),
+    "own call of the model": Kind(OwnCall, ["layer"], {"": "__call__ of its own"}),
+    "forward replaced": Kind(replaced_forward, ["1", "1.layer"], {"1": "in place of its class's"}),
+    "forward of the model replaced": Kind(
+        lambda: replaced_forward()[1],
+        ["layer"],
+        {"": "in place of its class's"},  # type: ignore[index]
+    ),
+    "nothing at times": Kind(NoneAtTimes, ["part", "part.layer"], {"": "is None", "part": "self.training"}),
+    "in torch.vmap": Kind(Vectorized, ["first", "last"], {"": ""}),
 }
