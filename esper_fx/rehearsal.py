@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from esper_fx._torch import FakeTensor, FakeTensorMode, pytree, quiet_fakes
 from esper_fx.errors import MorphError, SiteError
-from esper_fx.passes.effects import Variables, clear_caches
+from esper_fx.passes.effects import Variables
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,6 @@ def _on_fakes(net: nn.Module, inputs: Inputs, watch: Callable[[nn.Module, Callab
             return watch(copied, lambda: _call(copied, fakes))
     finally:  # what the code keeps outside the copy, such as masks by their size, outlives it
         variables.take_back(is_fake)
-        clear_caches(is_fake)
 
 
 def _for_real(net: nn.Module, inputs: Inputs, watch: Callable[[nn.Module, Callable[[], Any]], Result]) -> Result:

@@ -10,8 +10,8 @@ import functools
 import gc
 import sys
 from collections import deque
-from collections.abc import Callable, Collection, Mapping
-from types import ModuleType
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from types import CellType, FunctionType, ModuleType
 from typing import Any
 
 from torch import nn
@@ -61,12 +61,14 @@ class Variables:
     def __init__(self, root: nn.Module) -> None:
         spaces = _namespaces({type(module) for module in root.modules()})
         self._before = [(space, dict(vars(space)), _contents(vars(space))) for space in spaces]
+        caches = {id(cache): cache for _, before, _ in self._before for cache in _caches(before.values())}
+        self._caches = [(cache, cache.cache_info().misses) for cache in caches.values()]
 
     def take_back(self, foreign: Foreign) -> str:
         """Remove all stand-ins from them; returns what has changed since in words, empty if nothing did.
 
-        What was only assigned to a variable and holds no stand-in does not count: such is what is made when it is first
-        needed, and may stay.
+        A cache of `functools` that holds one is emptied, and counts as unchanged. What was only assigned to a variable
+        and holds no stand-in does not count: such is what is made when it is first needed, and may stay.
         """
         found = ""
         for space, before, contents in self._before:
@@ -78,16 +80,10 @@ class Variables:
                     setattr(space, name, before[name]) if name in before else delattr(space, name)
                 if spoilt or name in changed:
                     found = found or f"{name!r} of {space.__name__}"
+        for cache, misses in self._caches:
+            if cache.cache_info().misses != misses and any(holds(held, foreign) for held in gc.get_referents(cache)):
+                cache.cache_clear()
         return found
-
-
-def clear_caches(foreign: Foreign) -> None:
-    """Empty every `functools` cache of the process that holds a stand-in; others stay as they are."""
-    for found in gc.get_objects():
-        if type(found) is functools._lru_cache_wrapper and any(
-            holds(held, foreign) for held in gc.get_referents(found)
-        ):
-            found.cache_clear()
 
 
 def holds(value: Any, foreign: Foreign, depth: int = _DEPTH) -> bool:
@@ -167,8 +163,25 @@ def _namespaces(kinds: set[type[nn.Module]]) -> list[type | ModuleType]:
     return [*classes, *files]
 
 
-def _of_torch(kind: type) -> bool:
-    return kind.__module__.partition(".")[0] == "torch"
+def _of_torch(kind: type | FunctionType) -> bool:
+    return str(kind.__module__).partition(".")[0] == "torch"
+
+
+def _caches(values: Iterable[Any], depth: int = _DEPTH) -> Iterator[Any]:
+    """The caches of `functools` among functions and behind them, in their closures."""
+    for value in values:
+        function = getattr(value, "__func__", value) if isinstance(value, staticmethod | classmethod) else value
+        if isinstance(function, functools._lru_cache_wrapper):
+            yield function
+        elif depth and isinstance(function, FunctionType) and function.__closure__ and not _of_torch(function):
+            yield from _caches(map(_held, function.__closure__), depth - 1)
+
+
+def _held(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # its variable has no value yet
+        return None
 
 
 def _is_special(name: str) -> bool:

@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from esper_fx.passes.identity import identity_test
 
@@ -74,6 +74,8 @@ def hazard(module: nn.Module) -> str | None:
 
 def has_own_dunder_call(kind: type[nn.Module]) -> bool:
     """Whether a class does something around its forward, in a ``__call__`` of its own."""
+    if issubclass(kind, fx.GraphModule):
+        return False  # all that it does there is to show where in the graph's code an error came up
     # Not by comparison with nn.Module's, which is another one while something is traced.
     return any("__call__" in vars(base) for base in kind.__mro__[: kind.__mro__.index(nn.Module)])
 

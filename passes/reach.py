@@ -26,7 +26,7 @@ def is_reached_into(module: nn.Module, name: str, callers: Iterable[type[nn.Modu
         callers: Classes of the modules that it is in, as far as their forwards are Python.
     """
     uses = {use for caller in callers for use in _uses(caller)}
-    if any((name, part) in uses for part in module._modules):
+    if any((name, part) in uses for part, _ in module.named_children()):
         return True
     return isinstance(module, nn.Sequential | nn.ModuleDict | nn.ModuleList) and (name, "") in uses
 

@@ -533,7 +533,7 @@ def test_a_module_that_stays_python_adds_what_its_body_returns_by_a_hook(alpha: 
     make_plain(body, "here")
     x, y = torch.randn(2, 3), torch.randn(2, 3)
     before = layer(input2=y, input1=x)
-    add_residual_hook(layer, "grown", "output", body, alpha)
+    add_residual_hook(layer, layer, "grown", "output", body, alpha)
     for module in (layer, copy.deepcopy(layer)):
         torch.testing.assert_close(module(input2=y, input1=x), before + alpha * body(before), rtol=0, atol=0)
     assert list(layer.state_dict()) == ["weight", "bias", "grown.output.down.weight", "grown.output.up.weight"]
@@ -551,7 +551,7 @@ class Answer(NamedTuple):
 def test_of_a_tuple_the_first_item_grows_and_the_others_pass(value: Any, tmp_path: Path) -> None:
     layer, x = Several(value), torch.randn(2, 4)
     body = nn.Linear(4, 4)
-    add_residual_hook(layer, "grown", "output", body, 0.5, type(value))
+    add_residual_hook(layer, layer, "grown", "output", body, 0.5, type(value))
     torch.save(layer, tmp_path / "layer.pt")
     for module in (layer, copy.deepcopy(layer), torch.load(tmp_path / "layer.pt", weights_only=False)):
         result = module(x)

@@ -64,8 +64,9 @@ class Network(nn.Module):
         values = [x]
         for kind, *operands in self.description.steps:
             if kind == "call":
-                result = self.layers[operands[0]](values[operands[1] % len(values)])
-                values += result if isinstance(result, tuple) else (result,)
+                layer = self.layers[operands[0]]
+                result = layer(values[operands[1] % len(values)])
+                values += result if self.description.layers[operands[0]] == "pair" else (result,)
             elif kind == "relu":
                 values.append(F.relu(values[operands[0] % len(values)]))
             elif kind == "scale":
