@@ -71,6 +71,10 @@ CHANNEL_FIRST_LAYERS: tuple[type[nn.Module], ...] = (
 )
 
 
+HOOKS: frozenset[str] = frozenset(name for name in vars(nn.Module()) if "hooks" in name)
+"""The attributes in which modules keep hooks; code that runs in a forward leaves them alone."""
+
+
 def storage_id(tensor: torch.Tensor) -> int:
     """What tells the memory of tensors apart while they live, also of tensors without data.
 

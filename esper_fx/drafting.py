@@ -31,6 +31,7 @@ class Scoping:
     Attributes:
         drafts: The scopes by path. One that stays Python has no graph, and its own path as its only site.
         records: What the passes did.
+        modules: All modules, by qualified name.
         reasons: Why a module could not be traced, by path.
     """
 
@@ -40,9 +41,9 @@ class Scoping:
         self.reasons: dict[str, str] = {}
         self._sites = sites
         self._opened = opened
-        self._modules = dict(root.named_modules())
-        self._names = {id(module): name for name, module in self._modules.items()}
-        self._chosen = chosen(sites, self._modules)
+        self.modules = dict(root.named_modules())
+        self._names = {id(module): name for name, module in self.modules.items()}
+        self._chosen = chosen(sites, self.modules)
         self._above_chosen = {outer for name in self._chosen for outer in above(name)}
         self._seen: set[int] = set()
         self._divide(root, "", ())
@@ -56,7 +57,7 @@ class Scoping:
             outside = path in self._opened or is_reached_into(module, path.rpartition(".")[2], callers)
             if outside and has_forward(module):
                 raise TraceError(f"parts of {type(module).__name__} are called by code outside of it")
-            self.records += morph_pipeline(self._sites, self._modules, path).run(draft)
+            self.records += morph_pipeline(self._sites, self.modules, path).run(draft)
         except TraceError as error:
             logger.info("%s stays plain Python: %s", path or "the model's own forward", error)
             self.reasons[path] = str(error)
@@ -80,8 +81,8 @@ class Scoping:
     def _open(self, leaf: str) -> None:
         """Look into a module that a graph calls as a whole, if a site was asked for in there."""
         if leaf in self._above_chosen:
-            outer = (self._modules[name] for name in above(leaf))
-            self._divide_children(self._modules[leaf], leaf, tuple(type(module) for module in outer))
+            outer = (self.modules[name] for name in above(leaf))
+            self._divide_children(self.modules[leaf], leaf, tuple(type(module) for module in outer))
 
 
 def morph_pipeline(sites: Sites, modules: Mapping[str, nn.Module], scope: str = "") -> Pipeline:

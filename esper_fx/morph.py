@@ -26,7 +26,7 @@ from esper_fx.passes.flow import observe, of_graph
 from esper_fx.passes.names import above, join
 from esper_fx.passes.pipeline import Draft
 from esper_fx.passes.trace import TraceError, trace
-from esper_fx.passes.trace_report import class_names, trace_report
+from esper_fx.passes.trace_report import trace_report
 from esper_fx.rehearsal import Inputs, rehearse
 from esper_fx.replica import replica
 from esper_fx.seed import KasminaSeed
@@ -114,7 +114,6 @@ def _assemble(
         root: The replica; the other arguments are those of `morph`.
         opened: Modules whose forwards must stay Python.
     """
-    classes = class_names(root)
     scoping = Scoping(root, sites, opened)
     drafts = scoping.drafts
     if not drafts:
@@ -126,9 +125,9 @@ def _assemble(
             no_match_message(sites, filter(None, (join(s, n) for s, d in drafts.items() for n in d.outputs)))
         )
     dims = feature_dims(feature_dim, names)
-    report = trace_report(root, classes, drafts, scoping.reasons)
+    report = trace_report(scoping.modules, drafts, scoping.reasons)
     growth = Growth(KasminaStateLayout(len(names), names=names), seed)
-    modules = dict(root.named_modules())
+    modules = scoping.modules
     growth.by_index = [KasminaSeed(name, i, growth, modules.get(name), dims.get(name)) for i, name in enumerate(names)]
     growth.seeds = {item.name: item for item in growth.by_index}
     growth.state.to(_device(root))

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from esper_fx._torch import HOOKS
+
 
 def replica(net: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     """A copy of a module tree that shares parameters, buffers and other tensor attributes.
@@ -59,9 +61,17 @@ def _copy(value: Any, memo: dict[int, Any]) -> Any:
         module = memo[id(value)] = object.__new__(kind)
         # The memo must never see an object that does not outlive it, as this state.
         state = value.__getstate__()
-        module.__setstate__({name: x if type(x) in _ATOMS else _copy(x, memo) for name, x in state.items()})
+        module.__setstate__({name: _attribute(name, x, memo) for name, x in state.items()})
         return module
     return copy.deepcopy(value, memo)
+
+
+def _attribute(name: str, value: Any, memo: dict[int, Any]) -> Any:
+    if type(value) in _ATOMS:
+        return value
+    if name in HOOKS and not value:
+        return type(value)()  # half of what a module holds, and of nobody else's
+    return _copy(value, memo)
 
 
 _ATOMS = frozenset({type(None), bool, int, float, complex, str, bytes, type})

@@ -14,7 +14,7 @@ from esper_fx import _torch, blueprints, ops
 from esper_fx.errors import SiteError
 from esper_fx.feature_dim import resolved
 from esper_fx.lifecycle import Stage
-from esper_fx.site import SiteSpec, SourceSpec, convolution_spec, is_transposed_linear
+from esper_fx.site import ConvolutionSpec, SiteSpec, SourceSpec, convolution_spec, is_transposed_linear
 
 if TYPE_CHECKING:
     from esper_fx.growth import Growth
@@ -90,29 +90,49 @@ class KasminaSeed(nn.Module):
     """
 
     body: nn.Module | None
+    name: str
+    index: int
+    growth: Growth
+    live: bool
+    error: BaseException | None
+    blueprint: str | None
+    config: dict[str, Any]
+    recorded: dict[tuple[TensorMeta, bool], BodyGraph]
+    container: type | None
+    seen: bool
+    _spec: SiteSpec | None
+    _feature_dim: int | None
+    _channel_first: bool
+    _transposed: bool
+    _convolution: ConvolutionSpec | None
+    _feature_last: bool
 
     def __init__(
         self, name: str, index: int, growth: Growth, producer: nn.Module | None, feature_dim: int | None = None
     ) -> None:
         super().__init__()
         self.register_module("body", None)
-        self.name = name
-        self.index = index
-        self.growth = growth
-        self.live = False
-        self.error: BaseException | None = None
-        self.blueprint: str | None = None
-        self.config: dict[str, Any] = {}
-        self.recorded: dict[tuple[TensorMeta, bool], BodyGraph] = {}
-        self.container: type | None = None
-        self.seen = False
-        self._spec: SiteSpec | None = None
-        self._feature_dim = feature_dim
-        self._channel_first = isinstance(producer, _torch.CHANNEL_FIRST_LAYERS)
-        self._transposed = is_transposed_linear(producer)
-        self._convolution = convolution_spec(producer)
         feature_last = nn.Linear | nn.LayerNorm | nn.Embedding | nn.MultiheadAttention
-        self._feature_last = self._transposed or isinstance(producer, feature_last)
+        transposed = is_transposed_linear(producer)
+        # Past nn.Module's way of setting attributes, which is most of what making a seed would take.
+        vars(self).update(
+            name=name,
+            index=index,
+            growth=growth,
+            live=False,
+            error=None,
+            blueprint=None,
+            config={},
+            recorded={},
+            container=None,
+            seen=False,
+            _spec=None,
+            _feature_dim=feature_dim,
+            _channel_first=isinstance(producer, _torch.CHANNEL_FIRST_LAYERS),
+            _transposed=transposed,
+            _convolution=convolution_spec(producer),
+            _feature_last=transposed or isinstance(producer, feature_last),
+        )
 
     def forward(self, x: Any, alpha: Tensor, gate: Tensor, source: Tensor | None = None) -> Any:
         """Apply the seed to the value at its site.

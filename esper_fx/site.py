@@ -82,8 +82,9 @@ class SiteSpec:
 def is_transposed_linear(module: object) -> bool:
     """Whether a module is a linear map with a weight ``[in, out]``, such as GPT-2's in transformers, known by its shape."""
     # Not the attribute: where it is parametrized, reading it computes it, and may change buffers.
-    known = isinstance(module, nn.Module) and not isinstance(module, torch.jit.ScriptModule)
-    weight = module._parameters.get("weight") if known else None
+    if not isinstance(module, nn.Module) or isinstance(module, torch.jit.ScriptModule):
+        return False
+    weight = module._parameters.get("weight")
     named = any(kind.__name__ == "Conv1D" for kind in type(module).__mro__)
     return named and isinstance(weight, torch.Tensor) and weight.ndim == 2 and getattr(module, "nf", None) is not None
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import operator
 import sys
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -15,6 +16,8 @@ from types import CellType, FunctionType, ModuleType
 from typing import Any
 
 from torch import nn
+
+from esper_fx._torch import HOOKS
 
 Foreign = Callable[[Any], bool]
 """Whether an object is a stand-in, which must not stay."""
@@ -39,14 +42,15 @@ class Attributes:
         """Undo all that has changed since; returns what changed first in words, empty if nothing did."""
         found = ""
         for module, attributes, before, contents in self._before:
-            for name in _rebound(attributes, before) | _changed(contents):
+            rebound, changed = _rebound(attributes, before), _changed(contents)
+            for name in rebound | changed:
                 found = found or f"attribute {name!r} of {module or 'the model'}"
-            for name in _rebound(attributes, before):
+            for name in rebound:
                 if name in before:
                     attributes[name] = before[name]
                 else:
                     del attributes[name]
-            for name in _changed(contents):
+            for name in changed:
                 _fill(*contents[name])
         return found
 
@@ -123,7 +127,7 @@ def _contents(variables: Mapping[str, Any]) -> _Contents:
     return {
         name: (value, _content(value))
         for name, value in variables.items()
-        if isinstance(value, _CONTAINERS) and not _is_special(name)
+        if isinstance(value, _CONTAINERS) and name not in HOOKS and not _is_special(name)
     }
 
 
@@ -145,10 +149,12 @@ def _changed(contents: _Contents) -> set[str]:
 
 
 def _same(one: list[Any], other: list[Any]) -> bool:
-    return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
+    return len(one) == len(other) and all(map(operator.is_, one, other))
 
 
 def _rebound(variables: Mapping[str, Any], before: Mapping[str, Any]) -> set[str]:
+    if _same([*variables, *variables.values()], [*before, *before.values()]):
+        return set()
     absent = object()
     names = variables.keys() | before.keys()
     return {name for name in names if variables.get(name, absent) is not before.get(name, absent)}

@@ -82,12 +82,12 @@ def has_own_dunder_call(kind: type[nn.Module]) -> bool:
 
 def names_in_forward(kind: type[nn.Module]) -> frozenset[str]:
     """All names in the code that a class's forward runs, as far as that is looked at."""
-    return frozenset(_look(kind).names)
+    return frozenset(_look(kind).names)  # type: ignore[arg-type]
 
 
 def codes_of_forward(kind: type[nn.Module]) -> frozenset[types.CodeType]:
     """The code that a class's forward runs, as far as that is looked at."""
-    return frozenset(_look(kind).codes)
+    return frozenset(_look(kind).codes)  # type: ignore[arg-type]
 
 
 @lru_cache(maxsize=4096)
@@ -187,8 +187,8 @@ def _of_code(code: types.CodeType) -> str | None:
     if "isinstance" in names and "Tensor" in names:
         return "asks whether a value is a Tensor, which is answered wrongly while tracing"
     for instruction in dis.get_instructions(code):
-        if (why := _INSTRUCTIONS.get(instruction.opname)) is not None:
-            return why
+        if (found := _INSTRUCTIONS.get(instruction.opname)) is not None:
+            return found
     for constant in code.co_consts:  # functions inside, comprehensions
         if isinstance(constant, types.CodeType) and (found := _of_code(constant)) is not None:
             return found

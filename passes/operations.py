@@ -10,6 +10,8 @@ from torch import fx
 Operations = tuple[tuple[Any, ...], ...]
 """One entry a node: kind, target, and arguments as text, in which a node is the position of its operation."""
 
+_UNKNOWN = ("value", -1)
+
 
 def operations(
     graph: fx.Graph,
@@ -34,7 +36,10 @@ def operations(
             continue
         if node.op == "get_attr" and node.target in arrays:
             continue
-        args = fx.map_arg((node.args, node.kwargs), lambda n: position.get(n, ("value", -1)))
+        if not node.kwargs and all(type(arg) is fx.Node for arg in node.args):  # mostly so, and much faster
+            args: Any = (tuple([position.get(arg, _UNKNOWN) for arg in node.args]), {})
+        else:
+            args = fx.map_arg((node.args, node.kwargs), lambda n: position.get(n, _UNKNOWN))
         position[node] = None if node.op == "placeholder" and node.target in absent else ("value", len(rows))
         rows.append((node.op, node.target, repr(args)))
     return tuple(rows)

@@ -25,7 +25,7 @@ def is_reached_into(module: nn.Module, name: str, callers: Iterable[type[nn.Modu
         name: What it is called in the module that it is in.
         callers: Classes of the modules that it is in, as far as their forwards are Python.
     """
-    uses = {use for caller in callers for use in _uses(caller)}
+    uses = {use for caller in callers for use in _uses(caller)}  # type: ignore[arg-type]
     if any((name, part) in uses for part, _ in module.named_children()):
         return True
     return isinstance(module, nn.Sequential | nn.ModuleDict | nn.ModuleList) and (name, "") in uses

@@ -23,6 +23,8 @@ __all__ = ["SiteTracer", "TraceError", "has_forward", "has_own_call", "trace"]
 
 #: Containers that a graph makes as what they are. Besides these it can hold named tuples and plain dataclasses.
 _CONTAINERS = (tuple, list, dict, torch.Size, immutable_list, immutable_dict)
+#: What arguments mostly are: nothing of these can be lost.
+_PLAIN = frozenset({*_CONTAINERS, Value, fx.Node, type(None), bool, int, float, str})
 
 
 class SiteTracer(fx.Tracer):
@@ -61,7 +63,7 @@ class SiteTracer(fx.Tracer):
         return super().create_node(kind, target, args, kwargs, name or variable(target), type_expr)
 
     def create_arg(self, a: Any) -> fx.node.Argument:
-        if not is_value(a) and (lost := _lost(a)):
+        if type(a) not in _PLAIN and not is_value(a) and (lost := _lost(a)):
             raise TraceError(f"it makes a {type(a).__name__}, {lost}")
         return super().create_arg(a)
 
@@ -73,9 +75,10 @@ class SiteTracer(fx.Tracer):
         if has_own_dunder_call(type(m)):
             raise TraceError(f"{type(m).__name__} has a __call__ of its own, whose code a graph would hold twice")
         result = super().call_module(m, forward, args, kwargs)
-        self.outputs.setdefault(self.path_of_module(m), []).append(result)
-        given = (value for value in (*args, *kwargs.values()) if isinstance(value, fx.Proxy))
-        self.inputs.setdefault(self.path_of_module(m), []).append(next(given, None))
+        path = self.path_of_module(m)
+        self.outputs.setdefault(path, []).append(result)
+        given = (value for value in (*args, *kwargs.values()) if is_value(value))
+        self.inputs.setdefault(path, []).append(next(given, None))
         return result
 
 

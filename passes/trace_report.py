@@ -55,21 +55,18 @@ class TraceReport(tuple[TracedModule, ...]):
 
 
 def trace_report(
-    root: nn.Module, classes: Mapping[str, str], drafts: Mapping[str, Draft], reasons: Mapping[str, str]
+    modules: Mapping[str, nn.Module], drafts: Mapping[str, Draft], reasons: Mapping[str, str]
 ) -> TraceReport:
     """The report of a model.
 
     Args:
-        root: The model.
-        classes: The classes' names as they were before morphing, by module.
+        modules: The model's modules by qualified name, before anything was added to them.
         drafts: What was traced, by the qualified name of the draft's root.
         reasons: Why a module could not be traced, by its qualified name.
     """
     entries: dict[str, TracedModule] = {}
     calls = {scope: _Calls.of(draft) for scope, draft in drafts.items()}
-    for name, module in root.named_modules():
-        if name not in classes:  # morphing has added it
-            continue
+    for name, module in modules.items():
         scope = next((scope for scope in (name, *above(name), "") if scope in drafts), None)
         if name in reasons:
             how, why = How.PYTHON, reasons[name]
@@ -81,7 +78,7 @@ def trace_report(
                 how, why = How.INSIDE, ""
             else:
                 how, why = calls[scope].of_module(within(name, scope), module)
-        entries[name] = TracedModule(name, classes[name], how, why)
+        entries[name] = TracedModule(name, type(module).__name__, how, why)
     return TraceReport(entries.values())
 
 
@@ -119,8 +116,3 @@ def _why_leaf(module: nn.Module) -> str:
         return "it is parametrized (torch.nn.utils.parametrize), and called as a whole"
     why = hazard(module) if not type(module).__module__.startswith("torch.nn") else None
     return "a layer of a library" if why is None else f"its forward {why}"
-
-
-def class_names(root: nn.Module) -> dict[str, str]:
-    """The name of every module's class, by the module's qualified name."""
-    return {name: type(module).__name__ for name, module in root.named_modules()}

@@ -25,6 +25,8 @@ class _Guarded:
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
+        if (sys._getframe(1).f_globals.get("__name__") or "")[:6] == "torch.":
+            return type(self)  # as below, without the walk: torch.fx asks this of every argument
         asker = _asker()
         if not _of_torch(asker):
             raise TraceError(
