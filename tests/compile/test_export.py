@@ -80,7 +80,7 @@ def test_it_compiles_without_esper_fx_in_one_graph() -> None:
 
 def test_a_module_with_a_hook_for_its_body_is_exported_with_it() -> None:
     layer, x = nn.Bilinear(3, 3, 4), torch.randn(2, 3)
-    add_residual_hook(layer, "grown", "output", nn.Linear(4, 4), 0.5)
+    add_residual_hook(layer, layer, "grown", "output", nn.Linear(4, 4), 0.5)
     expected = layer(x, x).detach()
     for strict in (False, True):
         program = torch.export.export(layer, (x, x), strict=strict)
