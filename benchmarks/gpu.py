@@ -12,7 +12,7 @@ from benchmarks.harness import Stamps, interleave, median, quantiles
 from benchmarks.options import Options
 from benchmarks.report import Bar, Report, Row
 
-LARGE = ("gpt2-small", "resnet-50")
+LARGE = {"transformer": "gpt2-small", "cnn": "resnet-50"}
 DORMANT, ACTIVE, LONGEST = Bar(at_most=1.005), Bar(at_most=1.0), Bar(at_most=1.5)
 RESIDENT_US = Bar(at_most=100.0)
 #: Both sides round to bfloat16, in different places.
@@ -25,7 +25,7 @@ def run(options: Options) -> Report:
     require_gpu()
     report = Report("gpu")
     rounds = 20 if options.quick else 100
-    for name in LARGE:
+    for name in map(LARGE.__getitem__, options.models):
         _dormant(report, name, rounds, options.seed)
         _active(report, name, rounds, options.seed)
         _swap(report, name, rounds, options.seed)

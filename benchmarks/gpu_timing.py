@@ -13,6 +13,9 @@ from benchmarks.harness import Samples
 #: More than any L2 cache holds.
 FLUSH_BYTES = 512 << 20
 
+#: For about a millisecond the device waits before each turn, in which the host has launched all of it.
+WAIT_CYCLES = 2_000_000
+
 #: A side's turn: functions that run one after the other, each timed by itself.
 Turn = Sequence[Callable[[], object]]
 
@@ -35,7 +38,9 @@ def require_gpu() -> None:
 
 
 def interleave(sides: Mapping[str, Turn], *, rounds: int, warmup: int = 10, seed: int = 0) -> list[Samples]:
-    """Time every part of every side's turn, once per round, in a new order each round.
+    """Time every part of every side's turn on the device, once per round, in a new order each round.
+
+    What the host does between launches does not count: in a model the device is busy meanwhile.
 
     Args:
         sides: Name to turn; all turns have equally many parts, such as forward and backward.
@@ -55,6 +60,7 @@ def interleave(sides: Mapping[str, Turn], *, rounds: int, warmup: int = 10, seed
         shuffler.shuffle(names)
         for name in names:
             flush.zero_()
+            torch.cuda._sleep(WAIT_CYCLES)
             events = [torch.cuda.Event(enable_timing=True) for _ in range(parts + 1)]
             events[0].record()
             for event, run in zip(events[1:], sides[name], strict=True):

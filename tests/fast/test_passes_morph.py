@@ -458,7 +458,7 @@ def change_a_constant(draft: Draft) -> None:
 
 
 def return_something_else(draft: Draft) -> None:
-    next(reversed(graph_of(draft).nodes)).args = (node(draft, "relu"),)
+    next(iter(reversed(graph_of(draft).nodes))).args = (node(draft, "relu"),)
 
 
 def use_before_definition(draft: Draft) -> None:
@@ -531,7 +531,7 @@ def lose_a_node(draft: Draft) -> None:
 
 
 def lose_the_output(draft: Draft) -> None:
-    graph_of(draft).erase_node(next(reversed(graph_of(draft).nodes)))
+    graph_of(draft).erase_node(next(iter(reversed(graph_of(draft).nodes))))
 
 
 @pytest.mark.parametrize("damage", [lose_a_node, lose_the_output, add_a_dead_operation, change_a_constant])
