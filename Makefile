@@ -2,9 +2,11 @@
 # Options:  PYTHON=python3.12                 the interpreter to build .venv with (3.11 to 3.13)
 #           PIP_ARGS="--extra-index-url …"    given to pip, e.g. for PyTorch's small CPU-only wheels
 #           ARGS="--text"                     given to the command that the target runs
+#           JOBS=2                            processes that run tests; each that compiles has a compiling process beside it
 
 VENV  := .venv
 BIN   := $(VENV)/bin
+JOBS  ?= 2
 STAMP := $(VENV)/.installed
 RUN   := env PATH="$(CURDIR)/$(BIN):$$PATH"
 
@@ -62,11 +64,11 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	@echo "==> Tests: fast, property, compile and kernels lanes"
-	@$(RUN) python -m pytest -m "(fast or property or compile or kernels) and not nightly" $(ARGS)
+	@$(RUN) python -m pytest -n $(JOBS) -m "(fast or property or compile or kernels) and not nightly" $(ARGS)
 
 fast: $(STAMP)
 	@echo "==> Tests: fast lane"
-	@$(RUN) python -m pytest -m "fast and not nightly" $(ARGS)
+	@$(RUN) python -m pytest -n $(JOBS) -m "fast and not nightly" $(ARGS)
 
 lint: $(STAMP)
 	@echo "==> ruff check, ruff format --check"
@@ -84,7 +86,7 @@ kernels: $(STAMP)
 
 nightly: $(STAMP)
 	@echo "==> Tests: everything, long versions"
-	@$(RUN) python -m pytest -m "fast or property or compile or kernels or gpu or nightly" --hypothesis-profile=nightly $(ARGS)
+	@$(RUN) python -m pytest -n $(JOBS) -m "fast or property or compile or kernels or gpu or nightly" --hypothesis-profile=nightly $(ARGS)
 
 bench: $(STAMP)
 	@echo "==> python -m benchmarks $(if $(BENCH),$(BENCH),all) $(ARGS)"

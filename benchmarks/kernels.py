@@ -45,14 +45,15 @@ def _low_rank(report: Report, rows: int, width: int, rank: int, rounds: int, see
     torch.compiler.reset()  # a function is compiled anew for every configuration, up to a limit
     operator, kernels = _operator("low_rank")
     alpha, gate = _scalar(0.5), _scalar(1.0)
-    leaves = [_random((rows, width), seed), _random((width, rank), seed + 1), _random((rank, width), seed + 2)]
+    # The weights of two linear layers, as they are.
+    leaves = [_random((rows, width), seed), _random((rank, width), seed + 1), _random((width, rank), seed + 2)]
     name = f"low_rank {rows}x{width}, rank {rank}"
 
     def eager(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
-        return ops.seed_forward(x, lambda value: (value @ down) @ up, alpha, gate)
+        return ops.seed_forward(x, lambda value: (value @ down.t()) @ up.t(), alpha, gate)
 
     def fused(config: int, **more: Any) -> Function:
-        return lambda x, down, up: operator(x, down, up, alpha, gate, "identity", -1, config, **more)[0]
+        return lambda x, down, up: operator(x, down.t(), up.t(), alpha, gate, "identity", -1, config, **more)[0]
 
     sides = _reference_sides(eager, leaves)
     for config in range(len(kernels.CONFIGS)):
@@ -71,10 +72,10 @@ def _low_rank(report: Report, rows: int, width: int, rank: int, rounds: int, see
     note = f"copying x takes {forward.side('copy').p50 * 1e6:.0f} µs"
     report.add(Row(f"{name}: forward / copying x", ratio.p50, "×", COPY if copied else None, ratio, note))
     config = int(best.removeprefix("fused "))
-    with_stats = torch.ops.esper.low_rank_stats
+    arguments = (leaves[0].detach(), leaves[1].t(), leaves[2].t(), alpha, gate, "identity", -1, config, False)
     inside = {
-        "with": [lambda: with_stats(leaves[0].detach(), *leaves[1:], alpha, gate, "identity", -1, config, False)],
-        "without": [lambda: operator(leaves[0].detach(), *leaves[1:], alpha, gate, "identity", -1, config, False)],
+        "with": [lambda: torch.ops.esper.low_rank_stats(*arguments)],
+        "without": [lambda: operator(*arguments)],
     }
     with torch.no_grad():
         (samples,) = interleave(inside, rounds=rounds, seed=seed)

@@ -2,13 +2,17 @@
 
 Bytes moved for ``M`` rows of ``d`` features, beside A and B, which stay in the L2 cache: forward reads x and writes y;
 backward reads g and writes dx (rows), then reads x and g (weights). A program handles ``block_m`` whole rows and goes over
-their features twice, first to reduce them to ``r`` numbers and then to apply these; the second time they come from the L2
-cache. What a row is reduced to, ``hidden``, is kept for the backward pass: ``r / d`` of the bytes of x.
+their features twice, first to reduce them to ``r`` numbers and then, from the last to the first, to apply these; the second
+time they come from the L2 cache, as far as it still holds them. What a row is reduced to, ``hidden``, is kept for the backward
+pass: ``r / d`` of the bytes of x.
+
+The second time, x is what the product is added to inside ``tl.dot``, and alpha a factor on its left operand: only loads that
+a product needs are fetched ahead by Triton's software pipeline.
 
 Statistics of x, where they are asked for, are taken when x is applied, from registers: 32 bytes a program are written.
 
-Weight gradients are summed over rows in a fixed number of parts, one array each, and the parts are added up afterwards:
-deterministic, and nothing is gained by atomics, because a part has only ``d * r`` elements.
+Weight gradients are summed over rows in a fixed number of parts, one array each, and the parts are added up afterwards, all of
+them by one kernel: deterministic, and nothing is gained by atomics, because a part has only ``d * r`` elements.
 
 Products are taken in the dtype of A and B, and accumulated in float32; x may have another one.
 
@@ -27,7 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from esper_fx.kernels.build_cases import BuildCase
-from esper_fx.kernels.device_math import activate, activate_grad, dot
+from esper_fx.kernels.device_math import activate, activate_grad, dot, in_eights
 from esper_fx.kernels.launch import ACTIVATIONS, Config, exact, launch, padded, pick
 from esper_fx.kernels.moments import FIELDS, accumulate, merge_partials, store_partial
 from esper_fx.kernels.rows import rows_of
@@ -45,8 +49,11 @@ CONFIGS = (
 #: Of the kernel that sums the weights' gradients.
 WEIGHTS_CONFIG = Config(32, 64, 4, 3)
 
-#: About how many programs sum the weights' gradients, whatever the shape.
-WEIGHTS_PROGRAMS = 512
+#: About how many programs sum the weights' gradients, whatever the shape: two for each of an H100's multiprocessors.
+WEIGHTS_PROGRAMS = 264
+
+#: Elements of a weight's gradient whose parts a program adds up, and results of programs that it adds up at a time.
+SUM_BLOCK = 1024
 
 
 @triton.jit(do_not_specialize=("rows",), do_not_specialize_on_alignment=("alpha_ptr",))
@@ -78,10 +85,12 @@ def forward_kernel(
     STATS: tl.constexpr,
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
+    EIGHTS: tl.constexpr,
     RANK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    rank, down_feature, up_feature = in_eights(rank, down_feature, up_feature, EIGHTS)
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     r = tl.arange(0, RANK)
     inside, ranked = m < rows, r < rank
@@ -112,14 +121,14 @@ def forward_kernel(
         tl.store(
             hidden_ptr + m.to(tl.int64)[:, None] * rank + r[None, :], hidden, mask=inside[:, None] & ranked[None, :]
         )
-    active = activate(hidden.to(tl.float32), ACTIVATION).to(weight)
+    scaled = (alpha * activate(hidden.to(tl.float32), ACTIVATION)).to(weight)
     if STATS:
         count = tl.zeros([LANES], tl.float32)
         mean = tl.zeros([LANES], tl.float64)
         squares = tl.zeros([LANES], tl.float64)
         largest = tl.zeros([LANES], tl.float32)
-    for start in range(0, features, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)
+    for step in range(0, features, BLOCK_D):
+        d = (features - 1) // BLOCK_D * BLOCK_D - step + tl.arange(0, BLOCK_D)
         valid = d < features
         here = inside[:, None] & valid[None, :]
         x = tl.load(
@@ -131,8 +140,7 @@ def forward_kernel(
         up = tl.load(
             up_ptr + r[:, None] * up_rank + d[None, :] * up_feature, mask=ranked[:, None] & valid[None, :], other=0.0
         )
-        delta = dot(active, up, tl.zeros([BLOCK_M, BLOCK_D], tl.float32), EXACT)
-        y = tl.where(alpha == 0, x.to(tl.float32), x.to(tl.float32) + alpha * delta)
+        y = tl.where(alpha == 0, x.to(tl.float32), dot(scaled, up, x.to(tl.float32), EXACT))
         tl.store(y_rows[:, None] + d[None, :] * y_feature, y.to(y_ptr.dtype.element_ty), mask=here)
         if STATS:  # as many elements side by side as one load brings a thread, so that it has its lane to itself
             tile = tl.reshape(x, [BLOCK_M * BLOCK_D // (LANES * VECTOR), LANES, VECTOR]).to(tl.float32)
@@ -168,10 +176,12 @@ def backward_rows_kernel(
     up_feature,
     ACTIVATION: tl.constexpr,
     EXACT: tl.constexpr,
+    EIGHTS: tl.constexpr,
     RANK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    rank, down_feature, up_feature = in_eights(rank, down_feature, up_feature, EIGHTS)
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     r = tl.arange(0, RANK)
     inside, ranked = m < rows, r < rank
@@ -205,8 +215,9 @@ def backward_rows_kernel(
     tl.store(dhidden_ptr + places, dhidden, mask=here)
 
     passed = tl.where(alpha == 0, 0.0, gate)
-    for start in range(0, features, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)
+    scaled = (passed * dhidden.to(tl.float32)).to(weight)
+    for step in range(0, features, BLOCK_D):
+        d = (features - 1) // BLOCK_D * BLOCK_D - step + tl.arange(0, BLOCK_D)
         valid = d < features
         place = inside[:, None] & valid[None, :]
         g = tl.load(g_rows[:, None] + d[None, :] * g_feature, mask=place, other=0.0, eviction_policy="evict_first")
@@ -215,8 +226,7 @@ def backward_rows_kernel(
             mask=ranked[:, None] & valid[None, :],
             other=0.0,
         )
-        through = dot(dhidden, down, tl.zeros([BLOCK_M, BLOCK_D], tl.float32), EXACT)
-        dx = tl.where(passed == 0, g.to(tl.float32), g.to(tl.float32) + passed * through)
+        dx = tl.where(passed == 0, g.to(tl.float32), dot(scaled, down, g.to(tl.float32), EXACT))
         tl.store(dx_rows[:, None] + d[None, :] * dx_feature, dx.to(dx_ptr.dtype.element_ty), mask=place)
 
 
@@ -227,8 +237,7 @@ def backward_weights_kernel(
     hidden_ptr,
     dhidden_ptr,
     alpha_ptr,
-    ddown_ptr,
-    dup_ptr,
+    partials_ptr,
     rows,
     positions,
     features,
@@ -242,10 +251,12 @@ def backward_weights_kernel(
     g_feature,
     ACTIVATION: tl.constexpr,
     EXACT: tl.constexpr,
+    EIGHTS: tl.constexpr,
     RANK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    rank, _, _ = in_eights(rank, 0, 0, EIGHTS)
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     part = tl.program_id(1)
     r = tl.arange(0, RANK)
@@ -275,10 +286,30 @@ def backward_weights_kernel(
         ddown = dot(x.to(weight), dhidden, ddown, EXACT)
         dup = dot(g.to(weight), activate(hidden, ACTIVATION).to(weight), dup, EXACT)
     # Each lies as the weight of the layer does that it is the gradient of: [r, d] and [d, r].
-    of_part = part.to(tl.int64) * features * rank
+    ddown_part = partials_ptr + part.to(tl.int64) * features * rank
+    dup_part = partials_ptr + (part + tl.num_programs(1)).to(tl.int64) * features * rank
     kept = valid[:, None] & ranked[None, :]
-    tl.store(ddown_ptr + of_part + r[None, :] * features + d[:, None], ddown, mask=kept)
-    tl.store(dup_ptr + of_part + d[:, None] * rank + r[None, :], tl.where(alpha == 0, 0.0, alpha * dup), mask=kept)
+    tl.store(ddown_part + r[None, :] * features + d[:, None], ddown, mask=kept)
+    tl.store(dup_part + d[:, None] * rank + r[None, :], tl.where(alpha == 0, 0.0, alpha * dup), mask=kept)
+
+
+@triton.jit(do_not_specialize=("parts", "programs"))
+def sum_kernel(partials_ptr, dalphas_ptr, ddown_ptr, dup_ptr, dalpha_ptr, size, parts, programs, BLOCK: tl.constexpr):
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    weight = tl.program_id(1)
+    part_ptr = partials_ptr + weight.to(tl.int64) * parts * size + place
+    total = tl.zeros([BLOCK], tl.float32)
+    for _ in range(parts):
+        total += tl.load(part_ptr, mask=place < size, other=0.0)
+        part_ptr += size
+    target = ddown_ptr if weight == 0 else dup_ptr
+    tl.store(target + place, total.to(ddown_ptr.dtype.element_ty), mask=place < size)
+    if (tl.program_id(0) == 0) & (weight == 0):
+        total = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, programs, BLOCK):
+            program = start + tl.arange(0, BLOCK)
+            total += tl.load(dalphas_ptr + program, mask=program < programs, other=0.0)
+        tl.store(dalpha_ptr, tl.sum(total, 0))
 
 
 def forward(
@@ -328,6 +359,7 @@ def forward(
         STATS=stats,
         LANES=min(32 * tiles.num_warps, tiles.block_m * tiles.block_d // vector),
         VECTOR=vector,
+        EIGHTS=_eights(down, up),
         RANK=padded(rank),
         BLOCK_M=tiles.block_m,
         BLOCK_D=tiles.block_d,
@@ -354,10 +386,11 @@ def backward(
     out = rows_of(dx, dim)
     programs = triton.cdiv(rows.count, tiles.block_m)
     dhidden = torch.empty_like(hidden)
-    dalpha = alpha.new_empty(programs)
+    dalphas = alpha.new_empty(programs)
     shared = {
         "ACTIVATION": ACTIVATIONS.index(activation),
         "EXACT": exact(down.dtype),
+        "EIGHTS": _eights(down, up),
         "RANK": padded(rank),
     }
     launch(
@@ -371,7 +404,7 @@ def backward(
         gate,
         dx,
         dhidden,
-        dalpha,
+        dalphas,
         rows.count,
         rows.positions,
         rows.features,
@@ -389,8 +422,8 @@ def backward(
     blocks = triton.cdiv(rows.features, tiles.block_d)
     parts = max(1, min(triton.cdiv(WEIGHTS_PROGRAMS, blocks), triton.cdiv(rows.count, tiles.block_m)))
     part_rows = triton.cdiv(triton.cdiv(rows.count, parts), tiles.block_m) * tiles.block_m
-    ddown = down.new_empty((parts, rank, rows.features), dtype=torch.float32)
-    dup = up.new_empty((parts, rows.features, rank), dtype=torch.float32)
+    size = rank * rows.features
+    partials = down.new_empty((2, parts, size), dtype=torch.float32)
     launch(
         backward_weights_kernel,
         (blocks, parts),
@@ -399,8 +432,7 @@ def backward(
         hidden,
         dhidden,
         alpha,
-        ddown,
-        dup,
+        partials,
         rows.count,
         rows.positions,
         rows.features,
@@ -413,7 +445,17 @@ def backward(
         BLOCK_D=tiles.block_d,
         **shared,
     )
-    return dx, ddown.sum(0).to(down.dtype).t(), dup.sum(0).to(up.dtype).t(), dalpha.sum()
+    # Each lies as the weight of the layer does that it is the gradient of.
+    ddown, dup = down.new_empty((rank, rows.features)), up.new_empty((rows.features, rank))
+    dalpha = torch.empty_like(alpha)
+    grid = (max(1, triton.cdiv(size, SUM_BLOCK)), 2)
+    launch(sum_kernel, grid, partials, dalphas, ddown, dup, dalpha, size, parts, programs, BLOCK=SUM_BLOCK)
+    return dx, ddown.t(), dup.t(), dalpha
+
+
+def _eights(down: Tensor, up: Tensor) -> int:
+    """Which of rank, A's and B's stride over features are multiples of 8, as bits, for ``in_eights``."""
+    return sum(1 << bit for bit, size in enumerate((down.shape[1], down.stride(0), up.stride(1))) if size % 8 == 0)
 
 
 def _fitted(config: Config, dtype: torch.dtype) -> Config:

@@ -22,7 +22,7 @@ from esper_fx.prebuilt import KIND
 
 ROOT = Path(__file__).parents[2]
 TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
-LOW_RANK = ("forward_kernel", "backward_rows_kernel", "backward_weights_kernel")
+LOW_RANK = ("forward_kernel", "backward_rows_kernel", "backward_weights_kernel", "sum_kernel")
 
 
 class Build(NamedTuple):
