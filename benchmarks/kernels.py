@@ -31,7 +31,7 @@ def run(options: Options) -> Report:
     """bfloat16, three shapes and three ranks; every figure is a ratio of times, ours above: smaller is better."""
     require_gpu()
     report = Report("kernels")
-    rounds = 30 if options.quick else 200
+    rounds = 30 if options.quick else 100
     for rows, width in SHAPES[: 1 if options.quick else None]:
         for rank in RANKS[: 1 if options.quick else None]:
             _low_rank(report, rows, width, rank, rounds, options.seed)

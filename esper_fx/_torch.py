@@ -197,7 +197,7 @@ def compile_graph(
         module: PyTorch functions and methods only; every node annotated with ``meta["example_value"]``.
         inputs: Example inputs whose shape, stride, dtype, device and requires_grad are compiled for.
         cacheable: Qualified names of functions of ours in the graph, with a digest of their source.
-        threads: Number of C++ compilations at once; None leaves Inductor's setting.
+        threads: Number of compilations at once, by processes beside this one; None leaves Inductor's setting.
 
     Raises:
         Uncacheable: Compilation is possible but not serialisation.
@@ -221,6 +221,8 @@ def compile_graph(
         inductor_config.patch(options),
         _libraries_used() as used,
     ):
+        if threads is not None and threads > 1:
+            _wait_for_compile_processes()
         try:
             artifact = standalone_compile(module, list(inputs), dynamic_shapes="from_example_inputs", aot=True)
         except BypassAOTAutogradCache as error:
@@ -229,6 +231,16 @@ def compile_graph(
         # Inductor leaves the backward's C++ to be built when it is first loaded: build it here, not where it is loaded.
         kernel = AOTCompiledArtifact.deserialize(serialized)
         return kernel, _pack(serialized, used())
+
+
+def _wait_for_compile_processes() -> None:
+    """Start Inductor's processes and wait for them: until they are up it compiles one thing after the other."""
+    from torch._inductor.async_compile import AsyncCompile
+
+    if not AsyncCompile.use_process_pool():
+        ready = AsyncCompile._ready_future
+        if ready is not None:
+            ready.result(timeout=120)
 
 
 def load_graph(data: bytes) -> Callable[..., Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -97,7 +98,18 @@ def run_job(payload: bytes) -> bytes:
     if root is not None:
         with contextlib.suppress(StoreError):
             store = ArtifactStore(root, create=False)
-    return compile_region(serialize.loads(graph), inputs, ambient, store, threads=1)[1]
+    return compile_region(serialize.loads(graph), inputs, ambient, store, threads=_threads(inputs))[1]
+
+
+def _threads(inputs: tuple[TensorMeta, ...]) -> int:
+    """How many compilations a worker runs at once.
+
+    One on CPUs, which are what the training loop computes with. A region for a GPU has dozens of Triton kernels, several
+    configurations each, and the host is mostly idle.
+    """
+    if any(meta.device.type == "cuda" for meta in inputs):
+        return max(1, min(8, (os.cpu_count() or 1) // 2))
+    return 1
 
 
 def compile_region(
@@ -115,7 +127,7 @@ def compile_region(
         inputs: What its placeholders are.
         ambient: The state to compile in.
         store: Where it is remembered which fused kernels are fast, or None.
-        threads: Number of C++ compilations at once.
+        threads: Number of compilations at once.
     """
     with ambient.in_this_process():
         annotate(module, inputs)

@@ -41,18 +41,3 @@ def activate_grad(x, ACTIVATION: tl.constexpr):
         return sigmoid * (1.0 + x * (1.0 - sigmoid))
     else:
         return tl.full(x.shape, 1.0, tl.float32)
-
-
-@triton.jit
-def in_eights(rank, down_feature, up_feature, EIGHTS: tl.constexpr):
-    """The three numbers; those whose bit is set in EIGHTS as multiples of 8, so that loads are 16 bytes wide.
-
-    Triton itself only sees whether a number is 1 or a multiple of 16.
-    """
-    if EIGHTS & 1:
-        rank = rank // 8 * 8
-    if EIGHTS & 2:
-        down_feature = down_feature // 8 * 8
-    if EIGHTS & 4:
-        up_feature = up_feature // 8 * 8
-    return rank, down_feature, up_feature

@@ -6,9 +6,6 @@ their features twice, first to reduce them to ``r`` numbers and then, from the l
 time they come from the L2 cache, as far as it still holds them. What a row is reduced to, ``hidden``, is kept for the backward
 pass: ``r / d`` of the bytes of x.
 
-The second time, x is what the product is added to inside ``tl.dot``, and alpha a factor on its left operand: only loads that
-a product needs are fetched ahead by Triton's software pipeline.
-
 Statistics of x, where they are asked for, are taken when x is applied, from registers: 32 bytes a program are written.
 
 Weight gradients are summed over rows in a fixed number of parts, one array each, and the parts are added up afterwards, all of
@@ -31,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from esper_fx.kernels.build_cases import BuildCase
-from esper_fx.kernels.device_math import activate, activate_grad, dot, in_eights
+from esper_fx.kernels.device_math import activate, activate_grad, dot
 from esper_fx.kernels.launch import ACTIVATIONS, Config, exact, launch, padded, pick
 from esper_fx.kernels.moments import FIELDS, accumulate, merge_partials, store_partial
 from esper_fx.kernels.rows import rows_of
@@ -40,20 +37,20 @@ from esper_fx.kernels.rows import rows_of
 CONFIGS = (
     Config(32, 128, 4, 3),
     Config(16, 128, 4, 3),
-    Config(16, 256, 4, 2),
-    Config(64, 64, 4, 3),
-    Config(64, 128, 8, 3),
-    Config(128, 64, 8, 3),
+    Config(16, 256, 4, 3),
+    Config(32, 256, 4, 3),
+    Config(32, 128, 8, 3),
+    Config(64, 128, 4, 3),
 )
 
-#: Of the kernel that sums the weights' gradients.
-WEIGHTS_CONFIG = Config(32, 64, 4, 3)
+#: Of the kernel that sums the weights' gradients, for ranks up to 16 and for larger ones.
+WEIGHTS_CONFIG, WEIGHTS_CONFIG_WIDE = Config(32, 128, 8, 3), Config(32, 64, 4, 3)
 
 #: About how many programs sum the weights' gradients, whatever the shape: two for each of an H100's multiprocessors.
 WEIGHTS_PROGRAMS = 264
 
-#: Elements of a weight's gradient whose parts a program adds up, and results of programs that it adds up at a time.
-SUM_BLOCK = 1024
+#: How many parts of how many elements of a weight's gradient a program adds up at a time.
+SUM_PARTS, SUM_BLOCK = 16, 256
 
 
 @triton.jit(do_not_specialize=("rows",), do_not_specialize_on_alignment=("alpha_ptr",))
@@ -85,12 +82,10 @@ def forward_kernel(
     STATS: tl.constexpr,
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
-    EIGHTS: tl.constexpr,
     RANK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    rank, down_feature, up_feature = in_eights(rank, down_feature, up_feature, EIGHTS)
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     r = tl.arange(0, RANK)
     inside, ranked = m < rows, r < rank
@@ -121,7 +116,7 @@ def forward_kernel(
         tl.store(
             hidden_ptr + m.to(tl.int64)[:, None] * rank + r[None, :], hidden, mask=inside[:, None] & ranked[None, :]
         )
-    scaled = (alpha * activate(hidden.to(tl.float32), ACTIVATION)).to(weight)
+    active = activate(hidden.to(tl.float32), ACTIVATION).to(weight)
     if STATS:
         count = tl.zeros([LANES], tl.float32)
         mean = tl.zeros([LANES], tl.float64)
@@ -140,7 +135,8 @@ def forward_kernel(
         up = tl.load(
             up_ptr + r[:, None] * up_rank + d[None, :] * up_feature, mask=ranked[:, None] & valid[None, :], other=0.0
         )
-        y = tl.where(alpha == 0, x.to(tl.float32), dot(scaled, up, x.to(tl.float32), EXACT))
+        delta = dot(active, up, tl.zeros([BLOCK_M, BLOCK_D], tl.float32), EXACT)
+        y = tl.where(alpha == 0, x.to(tl.float32), x.to(tl.float32) + alpha * delta)
         tl.store(y_rows[:, None] + d[None, :] * y_feature, y.to(y_ptr.dtype.element_ty), mask=here)
         if STATS:  # as many elements side by side as one load brings a thread, so that it has its lane to itself
             tile = tl.reshape(x, [BLOCK_M * BLOCK_D // (LANES * VECTOR), LANES, VECTOR]).to(tl.float32)
@@ -176,12 +172,10 @@ def backward_rows_kernel(
     up_feature,
     ACTIVATION: tl.constexpr,
     EXACT: tl.constexpr,
-    EIGHTS: tl.constexpr,
     RANK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    rank, down_feature, up_feature = in_eights(rank, down_feature, up_feature, EIGHTS)
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     r = tl.arange(0, RANK)
     inside, ranked = m < rows, r < rank
@@ -215,7 +209,6 @@ def backward_rows_kernel(
     tl.store(dhidden_ptr + places, dhidden, mask=here)
 
     passed = tl.where(alpha == 0, 0.0, gate)
-    scaled = (passed * dhidden.to(tl.float32)).to(weight)
     for step in range(0, features, BLOCK_D):
         d = (features - 1) // BLOCK_D * BLOCK_D - step + tl.arange(0, BLOCK_D)
         valid = d < features
@@ -226,7 +219,8 @@ def backward_rows_kernel(
             mask=ranked[:, None] & valid[None, :],
             other=0.0,
         )
-        dx = tl.where(passed == 0, g.to(tl.float32), dot(scaled, down, g.to(tl.float32), EXACT))
+        through = dot(dhidden, down, tl.zeros([BLOCK_M, BLOCK_D], tl.float32), EXACT)
+        dx = tl.where(passed == 0, g.to(tl.float32), g.to(tl.float32) + passed * through)
         tl.store(dx_rows[:, None] + d[None, :] * dx_feature, dx.to(dx_ptr.dtype.element_ty), mask=place)
 
 
@@ -251,12 +245,10 @@ def backward_weights_kernel(
     g_feature,
     ACTIVATION: tl.constexpr,
     EXACT: tl.constexpr,
-    EIGHTS: tl.constexpr,
     RANK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    rank, _, _ = in_eights(rank, 0, 0, EIGHTS)
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     part = tl.program_id(1)
     r = tl.arange(0, RANK)
@@ -294,22 +286,40 @@ def backward_weights_kernel(
 
 
 @triton.jit(do_not_specialize=("parts", "programs"))
-def sum_kernel(partials_ptr, dalphas_ptr, ddown_ptr, dup_ptr, dalpha_ptr, size, parts, programs, BLOCK: tl.constexpr):
+def sum_kernel(
+    partials_ptr,
+    dalphas_ptr,
+    ddown_ptr,
+    dup_ptr,
+    dalpha_ptr,
+    size,
+    parts,
+    programs,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     weight = tl.program_id(1)
-    part_ptr = partials_ptr + weight.to(tl.int64) * parts * size + place
+    of_weight = partials_ptr + weight.to(tl.int64) * parts * size
     total = tl.zeros([BLOCK], tl.float32)
-    for _ in range(parts):
-        total += tl.load(part_ptr, mask=place < size, other=0.0)
-        part_ptr += size
+    for start in range(0, parts, PARTS):
+        part = start + tl.arange(0, PARTS)
+        total += tl.sum(
+            tl.load(
+                of_weight + part.to(tl.int64)[:, None] * size + place[None, :],
+                mask=(part < parts)[:, None] & (place < size)[None, :],
+                other=0.0,
+            ),
+            0,
+        )
     target = ddown_ptr if weight == 0 else dup_ptr
     tl.store(target + place, total.to(ddown_ptr.dtype.element_ty), mask=place < size)
     if (tl.program_id(0) == 0) & (weight == 0):
-        total = tl.zeros([BLOCK], tl.float32)
-        for start in range(0, programs, BLOCK):
-            program = start + tl.arange(0, BLOCK)
-            total += tl.load(dalphas_ptr + program, mask=program < programs, other=0.0)
-        tl.store(dalpha_ptr, tl.sum(total, 0))
+        dalpha = tl.zeros([PARTS * BLOCK], tl.float32)
+        for start in range(0, programs, PARTS * BLOCK):
+            program = start + tl.arange(0, PARTS * BLOCK)
+            dalpha += tl.load(dalphas_ptr + program, mask=program < programs, other=0.0)
+        tl.store(dalpha_ptr, tl.sum(dalpha, 0))
 
 
 def forward(
@@ -359,7 +369,6 @@ def forward(
         STATS=stats,
         LANES=min(32 * tiles.num_warps, tiles.block_m * tiles.block_d // vector),
         VECTOR=vector,
-        EIGHTS=_eights(down, up),
         RANK=padded(rank),
         BLOCK_M=tiles.block_m,
         BLOCK_D=tiles.block_d,
@@ -390,7 +399,6 @@ def backward(
     shared = {
         "ACTIVATION": ACTIVATIONS.index(activation),
         "EXACT": exact(down.dtype),
-        "EIGHTS": _eights(down, up),
         "RANK": padded(rank),
     }
     launch(
@@ -418,7 +426,7 @@ def backward(
         BLOCK_D=tiles.block_d,
         **shared,
     )
-    tiles = _fitted(WEIGHTS_CONFIG, down.dtype)
+    tiles = _fitted(WEIGHTS_CONFIG if rank <= 16 else WEIGHTS_CONFIG_WIDE, down.dtype)
     blocks = triton.cdiv(rows.features, tiles.block_d)
     parts = max(1, min(triton.cdiv(WEIGHTS_PROGRAMS, blocks), triton.cdiv(rows.count, tiles.block_m)))
     part_rows = triton.cdiv(triton.cdiv(rows.count, parts), tiles.block_m) * tiles.block_m
@@ -449,13 +457,9 @@ def backward(
     ddown, dup = down.new_empty((rank, rows.features)), up.new_empty((rows.features, rank))
     dalpha = torch.empty_like(alpha)
     grid = (max(1, triton.cdiv(size, SUM_BLOCK)), 2)
-    launch(sum_kernel, grid, partials, dalphas, ddown, dup, dalpha, size, parts, programs, BLOCK=SUM_BLOCK)
+    arguments = (partials, dalphas, ddown, dup, dalpha, size, parts, programs)
+    launch(sum_kernel, grid, *arguments, PARTS=SUM_PARTS, BLOCK=SUM_BLOCK)
     return dx, ddown.t(), dup.t(), dalpha
-
-
-def _eights(down: Tensor, up: Tensor) -> int:
-    """Which of rank, A's and B's stride over features are multiples of 8, as bits, for ``in_eights``."""
-    return sum(1 << bit for bit, size in enumerate((down.shape[1], down.stride(0), up.stride(1))) if size % 8 == 0)
 
 
 def _fitted(config: Config, dtype: torch.dtype) -> Config:

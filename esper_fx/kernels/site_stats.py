@@ -21,11 +21,11 @@ from esper_fx.kernels.rows import dense
 #: ``block_m`` loads of 16 bytes, ``num_stages`` deep, are in flight in each of ``block_d`` lanes; a thread is one lane or more.
 #: The first is the default.
 CONFIGS = (
+    Config(2, 128, 4, 4),
     Config(4, 128, 4, 3),
     Config(4, 256, 8, 3),
     Config(2, 256, 4, 3),
     Config(4, 32, 1, 3),
-    Config(2, 128, 4, 4),
 )
 
 #: Lanes of all programs together: enough to keep an H100's memory busy, and all of them run at once there.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,8 +36,13 @@ def _gradients(model: nn.Module, forward: Callable[..., Tensor], example: models
 
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-def test_growth_inside_a_compiled_model_matches_eager(monkeypatch: pytest.MonkeyPatch, kind: str, fused: bool) -> None:
-    """``fused`` takes every fused kernel there is, whatever is faster. The first call compiles in this process."""
+def test_growth_inside_a_compiled_model_matches_eager(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str, fused: bool
+) -> None:
+    """``fused`` takes every fused kernel there is, whatever is faster. The first call compiles in this process.
+
+    A folder of its own gives each case a kernel cache of its own.
+    """
     taken: list[str] = []
 
     def take(_: Chooser, candidate: object) -> int | None:
@@ -59,7 +65,7 @@ def test_growth_inside_a_compiled_model_matches_eager(monkeypatch: pytest.Monkey
         model(*example.inputs)
     twin = copy.deepcopy(model)
     expected = _gradients(twin, twin, example)
-    with esper_fx.configure(store=False, blocks=False):
+    with esper_fx.configure(cache_dir=tmp_path, store=False, blocks=False):
         actual = _gradients(model, torch.compile(model, backend="esper"), example)
     assert model.stats().plans == ("whole",)
     assert taken
