@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import inspect
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
@@ -106,7 +106,7 @@ class Blueprint:
         described = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
         try:
             # Also for a caller in inference mode: the body is there to be trained.
-            with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"), seeded(site.device, seed):
+            with torch.inference_mode(False), torch.enable_grad(), _on_cpu(), seeded(site.device, seed):
                 body = self.function(site, **arguments)
         except BlueprintError:
             raise
@@ -124,6 +124,8 @@ class Blueprint:
                 f"blueprint {self.name!r} built a body that reads the input of the module at its site, which is not known of "
                 f"site {site.name!r}: expected the output of a linear map or a convolution"
             )
+        if _is_placed(body, site):  # to() would go through all of it to find that out
+            return body
         with torch.inference_mode(False):
             return body.to(site.device, site.dtype)
 
@@ -240,6 +242,20 @@ def _accepted(parameters: Mapping[str, inspect.Parameter]) -> str:
 def _nearest(name: str, candidates: Mapping[str, Any]) -> str:
     close = difflib.get_close_matches(str(name), candidates, n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _on_cpu() -> AbstractContextManager[Any]:
+    """Within it the CPU is the default device; nothing where it is already, because such a mode slows every operation."""
+    return nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
+
+
+def _is_placed(body: nn.Module, site: SiteSpec) -> bool:
+    """Whether all tensors of a body are on the site's device, and those that are not whole numbers in its dtype."""
+    for tensor in (*body.parameters(), *body.buffers()):
+        fractional = tensor.is_floating_point() or tensor.is_complex()
+        if tensor.device != site.device or (fractional and tensor.dtype != site.dtype):
+            return False
+    return True
 
 
 @contextmanager

@@ -37,7 +37,7 @@ class WorkerProcess:
     together with what its jobs start. What it prints goes to an unlinked temporary file.
 
     Args:
-        nice: What is added to the worker's niceness.
+        nice: What is added to the worker's niceness; with 0 it is not paced either.
         environment: Its environment variables, complete.
         warm: Target that the worker runs once, with ``b""``, before its first job.
         urgent: Whether somebody waits for that.
@@ -57,7 +57,7 @@ class WorkerProcess:
         try:
             self._process = subprocess.Popen(
                 # -P: the folder of the script is not for importing from, not even before sys.path is set.
-                [sys.executable, "-P", str(Path(worker.__file__)), str(child_read), str(child_write)],
+                [sys.executable, "-P", str(Path(worker.__file__)), *map(str, (child_read, child_write, nice))],
                 stdin=subprocess.DEVNULL,
                 stdout=self._log,
                 stderr=self._log,
@@ -72,7 +72,7 @@ class WorkerProcess:
             os.close(child_read)
             os.close(child_write)
         os.set_blocking(self._write_fd, False)
-        self._greeting = (nice, _search_path(), warm, urgent)
+        self._greeting = (_search_path(), warm, urgent)
 
     @property
     def alive(self) -> bool:

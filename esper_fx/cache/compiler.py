@@ -57,7 +57,8 @@ class KernelCompiler:
 
     Args:
         workers: Most processes at a time; each starts when there is a job that no other is free to take.
-        nice: What is added to the niceness of the workers, 0 to 19.
+        nice: What is added to the niceness of the workers, 0 to 19. Above 0 they also stand still now and then while all
+            processors are taken.
         threads: How many threads the numeric libraries in a worker may use (``OMP_NUM_THREADS`` and relatives).
         environment: Environment variables of the workers, on top of this process's.
         warm: Target run once, with ``b""``, when a worker starts; the place for slow imports.

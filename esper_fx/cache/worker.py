@@ -61,19 +61,19 @@ def _read_exactly(read: Callable[[int], bytes], count: int) -> bytes:
     return bytes(data)
 
 
-def _serve(request_fd: int, reply_fd: int) -> None:
+def _serve(request_fd: int, reply_fd: int, nice: int) -> None:
     for descriptor in (request_fd, reply_fd):
         os.set_inheritable(descriptor, False)  # or a child of a job would hold the pipe open after this process died
-    pacer_fd = _start_pacer(request_fd, reply_fd)
+    pacer_fd = _start_pacer(request_fd, reply_fd) if nice else None  # with 0 there is no training loop to be kind to
     requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
     parent = os.getppid()
     threading.Thread(
         target=_read_requests, args=(request_fd, parent, requests, pacer_fd), name="requests", daemon=True
     ).start()
 
-    nice, search_path, warm, urgent = requests.get()
     os.nice(nice)
     _lower_session(nice)
+    search_path, warm, urgent = requests.get()
     target, payload = warm, b""
     while True:
         _tell(pacer_fd, _URGENT if urgent else _BACKGROUND)
@@ -231,4 +231,4 @@ def _cpu_seconds() -> float:
 
 
 if __name__ == "__main__":
-    _serve(int(sys.argv[1]), int(sys.argv[2]))
+    _serve(*map(int, sys.argv[1:]))

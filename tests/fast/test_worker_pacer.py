@@ -96,7 +96,7 @@ def pids(compiler: KernelCompiler) -> tuple[int, int]:
 
 def test_the_pacer_ends_with_its_worker_however_that_ends() -> None:
     for kill in (False, True):
-        with KernelCompiler(nice=0) as compiler:
+        with KernelCompiler(nice=1) as compiler:
             pid, pacer = pids(compiler)
             assert is_running(pacer)
             if kill:
@@ -104,8 +104,14 @@ def test_the_pacer_ends_with_its_worker_however_that_ends() -> None:
         assert eventually(lambda pacer=pacer: not is_running(pacer))  # type: ignore[misc]
 
 
-def test_a_worker_works_on_without_its_pacer() -> None:
+def test_a_worker_that_is_not_to_be_nice_has_no_pacer() -> None:
     with KernelCompiler(nice=0) as compiler:
+        worker_pid = json.loads(compiler.submit(Job(f"{JOBS}:describe", b"")).result(timeout=20).data)["pid"]
+        assert not Path(f"/proc/{worker_pid}/task/{worker_pid}/children").read_text().split()
+
+
+def test_a_worker_works_on_without_its_pacer() -> None:
+    with KernelCompiler(nice=1) as compiler:
         _, pacer = pids(compiler)
         os.kill(pacer, signal.SIGKILL)
         assert compiler.submit(Job(f"{JOBS}:echo", b"x")).result(timeout=20).data == b"x"
@@ -116,7 +122,7 @@ def test_a_job_has_an_urgent_pace_as_soon_as_an_urgent_one_waits_behind_it(
 ) -> None:
     hurried: list[WorkerProcess] = []
     monkeypatch.setattr(WorkerProcess, "hurry", lambda process: hurried.append(process))  # noqa: PLW0108 (a method)
-    with KernelCompiler(nice=0) as compiler:
+    with KernelCompiler(nice=1) as compiler:
         first = compiler.submit(Job(f"{JOBS}:wait_for_file", str(tmp_path / "go").encode(), priority=10))
         assert eventually(lambda: compiler.stats().running == 1)
         assert not hurried
