@@ -64,11 +64,11 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	@echo "==> Tests: fast, property, compile and kernels lanes"
-	@$(RUN) python -m pytest -n $(JOBS) -m "(fast or property or compile or kernels) and not nightly" $(ARGS)
+	@$(RUN) python -m pytest -n $(JOBS) --dist worksteal -m "(fast or property or compile or kernels) and not nightly" $(ARGS)
 
 fast: $(STAMP)
 	@echo "==> Tests: fast lane"
-	@$(RUN) python -m pytest -n $(JOBS) -m "fast and not nightly" $(ARGS)
+	@$(RUN) python -m pytest -n $(JOBS) --dist worksteal -m "fast and not nightly" $(ARGS)
 
 lint: $(STAMP)
 	@echo "==> ruff check, ruff format --check"
@@ -86,7 +86,7 @@ kernels: $(STAMP)
 
 nightly: $(STAMP)
 	@echo "==> Tests: everything, long versions"
-	@$(RUN) python -m pytest -n $(JOBS) -m "fast or property or compile or kernels or gpu or nightly" --hypothesis-profile=nightly $(ARGS)
+	@$(RUN) python -m pytest -n $(JOBS) --dist worksteal -m "fast or property or compile or kernels or gpu or nightly" --hypothesis-profile=nightly $(ARGS)
 
 bench: $(STAMP)
 	@echo "==> python -m benchmarks $(if $(BENCH),$(BENCH),all) $(ARGS)"

@@ -20,7 +20,7 @@ if not torch.cuda.is_available():  # Triton decides when a kernel is defined, so
 import esper_fx
 
 TESTS = Path(__file__).parent
-LANES = ("fast", "property", "compile", "kernels", "gpu")
+LANES = ("compile", "kernels", "property", "fast", "gpu")
 
 # derandomize: the same commit gives the same verdict. No deadline: nothing is timed in a test.
 settings.register_profile("ci", max_examples=50, derandomize=True, deadline=None)
@@ -34,7 +34,10 @@ settings.load_profile("ci")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Give every test its lane; leave out nightly tests unless asked for, and gpu tests where there is no GPU."""
+    """Give every test its lane; leave out nightly tests unless asked for, and gpu tests where there is no GPU.
+
+    What takes long starts first, so that at the end no process waits for another.
+    """
     for item in items:
         lane = item.path.relative_to(TESTS).parts[0] if item.path.is_relative_to(TESTS) else ""
         if lane in LANES:
@@ -43,6 +46,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="long: run with -m nightly"))
         if "gpu" in item.keywords and not _has_gpu():
             item.add_marker(pytest.mark.skip(reason="no GPU"))
+    items.sort(key=lambda item: ("long" not in item.keywords, [lane not in item.keywords for lane in LANES]))
 
 
 def _has_gpu() -> bool:
@@ -60,7 +64,7 @@ def kernel_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def _session_settings(kernel_folder: Path) -> Iterator[None]:
-    """One store and one worker pool for the whole session, so that a kernel is compiled once however many tests use it.
+    """One store for the whole session, so that a kernel is compiled once however many tests use it; a worker per process.
 
     nice 0: tests wait for their kernels, there is no training loop to be kind to.
     """

@@ -173,6 +173,7 @@ def _cnn() -> models.Example:
     return models.residual_cnn(channels=(8,), blocks_per_stage=3, size=8, batch=4)
 
 
+@pytest.mark.long
 def test_a_hundred_events_recompile_nothing_and_match_float64() -> None:
     counts = _run(_transformer(), ["blocks.*"], 50, seed=0)
     for action, number in _run(_cnn(), ["blocks.*"], 50, seed=1).items():
