@@ -46,7 +46,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="long: run with -m nightly"))
         if "gpu" in item.keywords and not _has_gpu():
             item.add_marker(pytest.mark.skip(reason="no GPU"))
-    items.sort(key=lambda item: ("long" not in item.keywords, [lane not in item.keywords for lane in LANES]))
+    items.sort(key=lambda item: ("long" not in item.keywords, [not item.get_closest_marker(lane) for lane in LANES]))
 
 
 def _has_gpu() -> bool:
