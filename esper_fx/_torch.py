@@ -1,4 +1,4 @@
-"""Every private PyTorch API that esper_fx touches, in one place. Run on torch 2.13; meant for 2.11 and newer."""
+"""Every private PyTorch API that esper_fx touches, in one place. Run on torch 2.11, 2.13 and 2.14."""
 
 from __future__ import annotations
 
