@@ -36,7 +36,8 @@ settings.load_profile("ci")
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Give every test its lane; leave out nightly tests unless asked for, and gpu tests where there is no GPU.
 
-    What takes long starts first, so that at the end no process waits for another.
+    What takes long starts first, and is dealt out among pytest-xdist's processes, each of which begins with a stretch of the
+    list: so at the end no process waits for another.
     """
     for item in items:
         lane = item.path.relative_to(TESTS).parts[0] if item.path.is_relative_to(TESTS) else ""
@@ -47,6 +48,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if "gpu" in item.keywords and not _has_gpu():
             item.add_marker(pytest.mark.skip(reason="no GPU"))
     items.sort(key=lambda item: ("long" not in item.keywords, [not item.get_closest_marker(lane) for lane in LANES]))
+    processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    items[:] = [item for first in range(processes) for item in items[first::processes]]
 
 
 def _has_gpu() -> bool:

@@ -73,8 +73,7 @@ def test_a_job_has_pauses_while_processors_are_short(
     assert seen(busy, "T", 10)
     assert seen(busy, "R", 10)
     os.write(pacer, b"r")
-    assert eventually(lambda: state(busy) != "T")
-    assert not seen(busy, "T", 0.1)
+    assert eventually(lambda: not seen(busy, "T", 0.1))  # a pause may have been about to begin
 
 
 def test_a_job_has_none_while_processors_are_free(busy: int, pacer: int, monkeypatch: pytest.MonkeyPatch) -> None:
