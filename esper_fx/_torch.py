@@ -10,6 +10,7 @@ import os
 import threading
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import wait
 from typing import Any
 
 import torch
@@ -234,13 +235,16 @@ def compile_graph(
 
 
 def _wait_for_compile_processes() -> None:
-    """Start Inductor's processes and wait for them: until they are up it compiles one thing after the other."""
+    """Start Inductor's processes and wait for them: until they are up it compiles one thing after the other.
+
+    Where they do not come up in time, it goes on doing that.
+    """
     from torch._inductor.async_compile import AsyncCompile
 
     if not AsyncCompile.use_process_pool():
         ready = AsyncCompile._ready_future
         if ready is not None:
-            ready.result(timeout=120)
+            wait([ready], timeout=120)
 
 
 def load_graph(data: bytes) -> Callable[..., Any]:

@@ -34,7 +34,7 @@ class Settings:
         store: Whether kernels are kept on disk.
         store_bytes: Bytes of kernels kept on disk; the longest unused go first, when a process first compiles.
         workers: Worker processes that compile beside the training loop, 0 or more; with 0 changes run eagerly.
-        worker_nice: Niceness of the workers, 0 (compete with the training loop) to 19 (only when it idles).
+        worker_nice: Niceness of the workers, 0 (compete with the training loop, without pauses) to 19 (only when it idles).
         worker_threads: Threads of numeric libraries in a worker.
         job_timeout: Seconds after which a compilation is given up.
         max_entries: Kernels kept in memory.
