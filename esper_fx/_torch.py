@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import importlib
 import inspect
 import io
+import json
 import logging
 import os
 import threading
@@ -19,6 +22,8 @@ from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from esper_fx.kernels.launch import Noted, compile_noted, noting
 
 __all__ = [
     "CHANNEL_FIRST_LAYERS",
@@ -221,6 +226,7 @@ def compile_graph(
         ),
         inductor_config.patch(options),
         _libraries_used() as used,
+        noting() as notes,
     ):
         if threads is not None and threads > 1:
             _wait_for_compile_processes()
@@ -231,7 +237,7 @@ def compile_graph(
         serialized = artifact.serialize()  # type: ignore[attr-defined]
         # Inductor leaves the backward's C++ to be built when it is first loaded: build it here, not where it is loaded.
         kernel = AOTCompiledArtifact.deserialize(serialized)
-        return kernel, _pack(serialized, used())
+        return kernel, _pack(serialized, used(), notes)
 
 
 def _wait_for_compile_processes() -> None:
@@ -253,12 +259,16 @@ def load_graph(data: bytes) -> Callable[..., Any]:
     from torch._inductor.runtime.cache_dir_utils import cache_dir
     from torch._inductor.standalone_compile import AOTCompiledArtifact
 
-    artifact, files = _unpack(data)
+    artifact, files, notes = _unpack(data)
     folder = cache_dir()
     for name, content in files.items():
         path = os.path.join(folder, name)
         if not os.path.exists(path):
             _write_atomic(path, content)
+    if notes:
+        importlib.import_module("esper_fx.ops.low_rank_rows")  # defines the operators that are called
+    for noted in notes:
+        compile_noted(noted)
     # The libraries were built where they came from: nothing is compiled here, and the vector instructions are known good.
     with _no_precompiled_header(), inductor_config.patch({"cpp.vec_isa_ok": True}):
         return AOTCompiledArtifact.deserialize(artifact)
@@ -308,19 +318,21 @@ def _no_precompiled_header() -> Iterator[None]:
                 Libraries._get_uncompiled_header = inherited  # type: ignore[method-assign]
 
 
-def _pack(artifact: bytes, files: dict[str, bytes]) -> bytes:
+def _pack(artifact: bytes, files: dict[str, bytes], notes: Sequence[Noted]) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         archive.writestr("artifact", artifact)
+        archive.writestr("launches", json.dumps([dataclasses.asdict(noted) for noted in notes]))
         for name, content in files.items():
             archive.writestr(f"library/{name}", content)
     return buffer.getvalue()
 
 
-def _unpack(data: bytes) -> tuple[bytes, dict[str, bytes]]:
+def _unpack(data: bytes) -> tuple[bytes, dict[str, bytes], list[Noted]]:
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         names = [name for name in archive.namelist() if name.startswith("library/")]
-        return archive.read("artifact"), {name.removeprefix("library/"): archive.read(name) for name in names}
+        files = {name.removeprefix("library/"): archive.read(name) for name in names}
+        return archive.read("artifact"), files, [Noted(**each) for each in json.loads(archive.read("launches"))]
 
 
 def _write_atomic(path: str, content: bytes) -> None:

@@ -116,8 +116,8 @@ def measure(candidate: Candidate, timer: Timer) -> Mapping[str, float]:
     """
     plain, inputs = _alone(candidate)
     runs = {INDUCTOR: _runner(plain, inputs)}
-    configs = importlib.import_module(f"esper_fx.kernels.{candidate.operator}").CONFIGS
-    for number in range(len(configs)):
+    kernels = importlib.import_module(f"esper_fx.kernels.{candidate.operator}")
+    for number in range(getattr(kernels, "CONFIG_COUNT", len(kernels.CONFIGS))):
         graph = fx.Graph()
         graph.output(graph.graph_copy(plain.graph, {}))
         output = next(node for node in graph.nodes if node.op == "output").args[0][0]

@@ -78,6 +78,8 @@ def plan(cases: Iterable[BuildCase], targets: Iterable[Target]) -> dict[Job, lis
     jobs: dict[Job, list[BuildCase]] = {}
     for target in targets:
         for case, launch in launches:
+            if not case.runs_on(target):
+                continue
             args = tuple(arg.dtype if isinstance(arg, torch.Tensor) else arg for arg in launch.args)
             name = f"{launch.kernel.fn.__module__}:{launch.kernel.fn.__name__}"  # fn: interpreted kernels have it too
             jobs.setdefault(Job(name, args, tuple(sorted(launch.constants.items())), target), []).append(case)

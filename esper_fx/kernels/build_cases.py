@@ -19,6 +19,7 @@ import torch
 
 import esper_fx.kernels
 from esper_fx.kernels.launch import Launch, recording
+from esper_fx.kernels.targets import Target
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,14 @@ class BuildCase:
         label: What tells it from the other cases of its file and dtype, such as ``rank 16, config 0``.
         call: Calls launching functions, with tensors on the device ``meta``.
         default: Whether this is what runs unless a configuration was chosen: its kernels must not spill registers.
+        runs_on: Whether it is for this target; others are left out.
     """
 
     dtype: torch.dtype
     label: str
     call: Callable[[], object]
     default: bool = True
+    runs_on: Callable[[Target], bool] = lambda target: True
 
     def launches(self) -> list[Launch]:
         """The launches that the call makes."""

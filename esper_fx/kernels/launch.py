@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -22,6 +23,9 @@ _interpreting: ContextVar[bool] = ContextVar("esper_fx_interpreting", default=Fa
 #: Where launches go that are recorded instead of made.
 _record: ContextVar[list[Launch] | None] = ContextVar("esper_fx_launch_record", default=None)
 
+
+#: Where launches are noted that a compiled region will make of itself, without Inductor's knowing.
+_notes: ContextVar[list[Noted] | None] = ContextVar("esper_fx_launch_notes", default=None)
 
 #: What is called with a kernel before it is launched for the first time on a device.
 _preparations: list[Callable[[Any], object]] = []
@@ -61,6 +65,21 @@ class Launch:
     constants: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Noted:
+    """What a launch will compile, as plain data.
+
+    Attributes:
+        kernel: Module and name: ``esper_fx.kernels.low_rank_rows:rows_kernel``.
+        args: Its arguments: the names of tensors' dtypes, and numbers.
+        constants: Its ``tl.constexpr`` parameters, and Triton's options.
+    """
+
+    kernel: str
+    args: list[Any]
+    constants: dict[str, Any]
+
+
 def runs_kernels(x: Tensor) -> bool:
     """Whether an operator on this tensor runs Triton kernels; otherwise it is its ATen reference.
 
@@ -95,7 +114,45 @@ def recording() -> Iterator[list[Launch]]:
         _record.reset(token)
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, config: Config | None = None, **constants: Any) -> None:
+@contextlib.contextmanager
+def noting() -> Iterator[list[Noted]]:
+    """Collect what launches that are hidden in operators will compile, where these are traced meanwhile."""
+    notes: list[Noted] = []
+    token = _notes.set(notes)
+    try:
+        yield notes
+    finally:
+        _notes.reset(token)
+
+
+def note(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> None:
+    """Note what a launch will compile, if somebody collects that; ``args`` as for :func:`launch`, dtypes for tensors."""
+    notes = _notes.get()
+    if notes is not None:
+        name = f"{kernel.fn.__module__}:{kernel.fn.__name__}"
+        plain = [str(arg).removeprefix("torch.") if isinstance(arg, torch.dtype) else arg for arg in args]
+        noted = Noted(name, plain, constants)
+        if noted not in notes:
+            notes.append(noted)
+
+
+def compile_noted(noted: Noted) -> None:
+    """Compile what was noted for the current device, or find it compiled, so that its first launch need not."""
+    module, _, name = noted.kernel.partition(":")
+    kernel = getattr(importlib.import_module(module), name)
+    args = [getattr(torch, arg) if isinstance(arg, str) else arg for arg in noted.args]
+    _prepare(kernel, torch.device("cuda", torch.cuda.current_device()))
+    kernel.warmup(*args, grid=(1,), **noted.constants)
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    *args: Any,
+    config: Config | None = None,
+    traceable: bool = True,
+    **constants: Any,
+) -> None:
     """Launch a kernel, so that it is visible to whoever traces the operator around it.
 
     Args:
@@ -103,6 +160,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, config: Config | None
         grid: Number of programs in each dimension; nothing is launched where one is 0.
         *args: Its tensors and numbers.
         config: Its warps and pipeline stages; the tile sizes are among ``constants``, under the kernel's own names.
+        traceable: Whether whoever traces can make something of it; otherwise it must be hidden in an operator.
         **constants: Its ``tl.constexpr`` parameters.
     """
     if 0 in grid:
@@ -115,7 +173,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, config: Config | None
         return
     if hasattr(kernel, "create_binder"):  # compiled; in the interpreter there is no such thing to trace
         _prepare(kernel, next(arg.device for arg in args if isinstance(arg, Tensor)))
-        kernel = torch.library.wrap_triton(kernel)
+        if traceable:
+            kernel = torch.library.wrap_triton(kernel)
     kernel[grid](*args, **constants)
 
 

@@ -21,12 +21,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from esper_fx.kernels import low_rank_rows
 from esper_fx.kernels.build_cases import BuildCase
 from esper_fx.kernels.device_math import activate, activate_grad, dot
 from esper_fx.kernels.launch import ACTIVATIONS, Config, exact, launch, padded, pick
@@ -42,6 +44,9 @@ CONFIGS = (
     Config(32, 128, 8, 3),
     Config(64, 128, 4, 3),
 )
+
+#: Configurations there are: beyond these ones, in their order, those of the kernel that keeps rows on the chip.
+CONFIG_COUNT = len(CONFIGS) + len(low_rank_rows.CONFIGS)
 
 #: Of the kernel that sums the weights' gradients, for ranks up to 16 and for larger ones.
 WEIGHTS_CONFIG, WEIGHTS_CONFIG_WIDE = Config(32, 128, 8, 3), Config(32, 64, 4, 3)
@@ -337,7 +342,10 @@ def forward(
 
     These are float64 ``[4, programs]``, for ``merge_partials``, and empty unless ``stats``.
     """
-    rows, tiles = rows_of(x, dim), _fitted(pick(CONFIGS, config), down.dtype)
+    if config >= len(CONFIGS) and not stats:
+        y, hidden = torch.ops.esper.low_rank_rows(x, down, up, alpha, activation, dim, config - len(CONFIGS), save)
+        return y, hidden, x.new_empty((FIELDS, 0), dtype=torch.float64)
+    rows, tiles = rows_of(x, dim), _fitted(_tiles(config), down.dtype)
     rank = down.shape[1]
     y = torch.empty_like(rows.tensor)
     out = rows_of(y, dim)
@@ -389,43 +397,45 @@ def backward(
     config: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, A ``[d, r]``, B ``[r, d]`` and alpha (0-dim float32)."""
-    g, rows, tiles = rows_of(grad, dim), rows_of(x, dim), _fitted(pick(CONFIGS, config), down.dtype)
+    g, rows = rows_of(grad, dim), rows_of(x, dim)
     rank = down.shape[1]
-    dx = torch.empty_like(rows.tensor)
-    out = rows_of(dx, dim)
-    programs = triton.cdiv(rows.count, tiles.block_m)
-    dhidden = torch.empty_like(hidden)
-    dalphas = alpha.new_empty(programs)
-    shared = {
+    shared: dict[str, Any] = {
         "ACTIVATION": ACTIVATIONS.index(activation),
         "EXACT": exact(down.dtype),
         "RANK": padded(rank),
     }
-    launch(
-        backward_rows_kernel,
-        (programs,),
-        g.tensor,
-        hidden,
-        down,
-        up,
-        alpha,
-        gate,
-        dx,
-        dhidden,
-        dalphas,
-        rows.count,
-        rows.positions,
-        rows.features,
-        rank,
-        *g.strides,
-        *out.strides,
-        *down.stride(),
-        *up.stride(),
-        config=tiles,
-        BLOCK_M=tiles.block_m,
-        BLOCK_D=tiles.block_d,
-        **shared,
-    )
+    if config >= len(CONFIGS):
+        of_rows = torch.ops.esper.low_rank_rows_backward
+        dx, dhidden, dalphas = of_rows(grad, hidden, down, up, alpha, gate, activation, dim, config - len(CONFIGS))
+    else:
+        tiles = _fitted(_tiles(config), down.dtype)
+        dx = torch.empty_like(rows.tensor)
+        dhidden, dalphas = torch.empty_like(hidden), alpha.new_empty(triton.cdiv(rows.count, tiles.block_m))
+        launch(
+            backward_rows_kernel,
+            (len(dalphas),),
+            g.tensor,
+            hidden,
+            down,
+            up,
+            alpha,
+            gate,
+            dx,
+            dhidden,
+            dalphas,
+            rows.count,
+            rows.positions,
+            rows.features,
+            rank,
+            *g.strides,
+            *rows_of(dx, dim).strides,
+            *down.stride(),
+            *up.stride(),
+            config=tiles,
+            BLOCK_M=tiles.block_m,
+            BLOCK_D=tiles.block_d,
+            **shared,
+        )
     tiles = _fitted(WEIGHTS_CONFIG if rank <= 16 else WEIGHTS_CONFIG_WIDE, down.dtype)
     blocks = triton.cdiv(rows.features, tiles.block_d)
     parts = max(1, min(triton.cdiv(WEIGHTS_PROGRAMS, blocks), triton.cdiv(rows.count, tiles.block_m)))
@@ -457,9 +467,14 @@ def backward(
     ddown, dup = down.new_empty((rank, rows.features)), up.new_empty((rows.features, rank))
     dalpha = torch.empty_like(alpha)
     grid = (max(1, triton.cdiv(size, SUM_BLOCK)), 2)
-    arguments = (partials, dalphas, ddown, dup, dalpha, size, parts, programs)
+    arguments = (partials, dalphas, ddown, dup, dalpha, size, parts, len(dalphas))
     launch(sum_kernel, grid, *arguments, PARTS=SUM_PARTS, BLOCK=SUM_BLOCK)
     return dx, ddown.t(), dup.t(), dalpha
+
+
+def _tiles(config: int) -> Config:
+    """The configuration with this number, and the default one for the numbers of those that keep rows on the chip."""
+    return CONFIGS[0] if len(CONFIGS) <= config < CONFIG_COUNT else pick(CONFIGS, config)
 
 
 def _fitted(config: Config, dtype: torch.dtype) -> Config:

@@ -16,6 +16,7 @@ from torch.nn import functional
 from esper_fx._torch import triton_op
 from esper_fx.kernels.launch import runs_kernels
 from esper_fx.kernels.rows import rows_of
+from esper_fx.ops import low_rank_rows  # noqa: F401  # defines operators that this one calls
 from esper_fx.ops.site_stats import FIELDS as STATS_FIELDS
 from esper_fx.ops.site_stats import reference as reference_stats
 
@@ -45,7 +46,8 @@ def low_rank(
         gate: Factor on the gradient that flows into ``x`` through the residual, 0-dim float32.
         activation: Between the two products: ``identity``, ``relu``, ``gelu`` (by erf) or ``silu``.
         dim: The dimension of ``x`` that holds features.
-        config: Number of the tile configuration; see ``esper_fx.kernels.low_rank.CONFIGS``.
+        config: Number of the configuration; see ``esper_fx.kernels.low_rank.CONFIGS`` and, for the numbers beyond these,
+            ``esper_fx.kernels.low_rank_rows.CONFIGS``.
         save: Keep what the backward pass needs.
 
     Returns:
