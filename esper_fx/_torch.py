@@ -25,6 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from esper_fx.kernels.launch import Noted, compile_noted, noting
 
+logger = logging.getLogger(__name__)
+
 __all__ = [
     "CHANNEL_FIRST_LAYERS",
     "CPU_ATTENTION",
@@ -268,7 +270,10 @@ def load_graph(data: bytes) -> Callable[..., Any]:
     if notes:
         importlib.import_module("esper_fx.ops.low_rank_rows")  # defines the operators that are called
     for noted in notes:
-        compile_noted(noted)
+        try:
+            compile_noted(noted)
+        except Exception as error:  # then its first launch compiles it, or says what is wrong
+            logger.warning("%s is not compiled ahead of its first launch: %s", noted.kernel, error)
     # The libraries were built where they came from: nothing is compiled here, and the vector instructions are known good.
     with _no_precompiled_header(), inductor_config.patch({"cpp.vec_isa_ok": True}):
         return AOTCompiledArtifact.deserialize(artifact)

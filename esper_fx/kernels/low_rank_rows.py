@@ -359,7 +359,7 @@ def _constants(x: Tensor, rank: int, activation: str, config: int, *, backward: 
         "SAVE": save,
         "BLOCK_M": tiles.block_m,
         "BLOCK_D": tiles.block_d,
-        "CHUNKS": triton.cdiv(features, tiles.block_d),
+        "CHUNKS": _chunks(tiles, features),
         "DEPTH": _depth(tiles, features, rank, _shared_bytes(x.device)),
         "SEVERAL": tiles.several,
         "SPLIT": tiles.split,
@@ -372,16 +372,21 @@ def _count(x: Tensor) -> int:
     return x.numel() // x.shape[-1] if x.shape[-1] else 0
 
 
+def _chunks(tiles: RowsConfig, features: int) -> int:
+    """How many chunks a row has; two at least, because Triton fails to compile an array of one."""
+    return max(2, triton.cdiv(features, tiles.block_d))
+
+
 def _depth(tiles: RowsConfig, features: int, rank: int, shared_bytes: int) -> int:
     """How many chunks can be on their way at once in this much shared memory, in both passes."""
-    most = min(tiles.depth, triton.cdiv(features, tiles.block_d))
+    most = min(tiles.depth, _chunks(tiles, features))
     fitting = (d for d in range(most, 0, -1) if _bytes(tiles, d, features, rank, backward=True) <= shared_bytes)
     return next(fitting, 0)
 
 
 def _bytes(tiles: RowsConfig, depth: int, features: int, rank: int, *, backward: bool) -> int:
     """Shared memory of a program: its rows, of 16 bits, two rings, and what it takes to rearrange and add up values."""
-    rows = triton.cdiv(features, tiles.block_d) * tiles.block_d * tiles.block_m
+    rows = _chunks(tiles, features) * tiles.block_d * tiles.block_m
     rings = depth * tiles.block_d * (rank + max(rank, 16) if backward else 2 * rank)
     beside = (
         max(tiles.block_m * tiles.block_d * (2 if rank < 16 else 1), tiles.split * tiles.block_m * max(rank, 16) * 4)

@@ -7,14 +7,13 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from esper_fx import _torch, ops
-from esper_fx.engine.annotate import annotate
+from esper_fx import _torch
 from esper_fx.ops.low_rank import low_rank
-from esper_fx.passes.record import TensorMeta
 from tests.kernels.test_low_rank import actual, expected
 from tests.support.kernels import TOLERANCE, distance, scalar, values
+from tests.support.regions import compiled_region
 
 kernels = pytest.importorskip("esper_fx.kernels.low_rank")
 
@@ -57,7 +56,7 @@ def test_values_and_gradients_are_those_of_float64(config: int, shape: tuple[int
         assert distance(got, want) <= TOLERANCE[dtype], name
 
 
-@pytest.mark.parametrize(("config", "rank"), itertools.product(NUMBERS, (8, 16)))
+@pytest.mark.parametrize(("config", "rank"), list(itertools.product(NUMBERS, (8, 16))))
 def test_at_alpha_0_nothing_leaks(config: int, rank: int) -> None:
     x, upstream = values((100, 256), torch.bfloat16, 0), values((100, 256), torch.bfloat16, 1)
     down, up = (torch.full_like(weight, float("nan")) for weight in weights(256, rank, torch.bfloat16))
@@ -87,9 +86,7 @@ def test_a_compiled_region_calls_it_and_finds_it_compiled_when_it_is_loaded(conf
             return (torch.ops.esper.low_rank.default(x, down.t(), up.t(), alpha, gate, "gelu", -1, config)[0],)
 
     inputs = (x, down, up, alpha, gate)
-    module = fx.symbolic_trace(Region())
-    annotate(module, tuple(TensorMeta.of(value) for value in inputs))
-    _, data = _torch.compile_graph(module, list(inputs), dict.fromkeys(ops.GRAPH_FUNCTIONS, ops.source_digest()))
+    data = compiled_region(Region(), inputs)
     from esper_fx.kernels.low_rank_rows import rows_kernel
 
     assert len(_torch._unpack(data)[2]) == 2

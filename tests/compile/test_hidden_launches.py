@@ -1,0 +1,65 @@
+"""A region that calls an operator whose kernel Inductor does not see: what is serialised with it, and what loading does."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from esper_fx import _torch
+from esper_fx.kernels.launch import Noted
+from tests.support.regions import compiled_region
+
+low_rank = pytest.importorskip("esper_fx.kernels.low_rank")
+
+
+class Region(nn.Module):
+    def forward(self, x: Tensor, down: Tensor, up: Tensor, alpha: Tensor) -> tuple[Tensor]:
+        config = len(low_rank.CONFIGS)  # the first of those that are such an operator
+        y, _ = torch.ops.esper.low_rank.default(x.relu(), down.t(), up.t(), alpha, alpha, "identity", -1, config, False)
+        return (y * 2,)
+
+
+class Plain(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        return (x.relu(),)
+
+
+def test_what_it_will_compile_goes_with_it_and_is_compiled_when_it_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launching operator is computed here by other means; all else is as on a GPU."""
+    operator = importlib.import_module("esper_fx.ops.low_rank")
+    monkeypatch.setattr(operator, "_runs_kernels", lambda x, down: True)
+    seen: list[Noted] = []
+    monkeypatch.setattr(_torch, "compile_noted", seen.append)
+    x, down, up = (torch.randn(shape).bfloat16() for shape in ((6, 32), (8, 32), (32, 8)))
+    inputs = (x, down, up, torch.tensor(0.5))
+    with torch.library._scoped_library("esper", "IMPL") as library:
+        library.impl("low_rank_rows", _computed, "CPU")
+        data = compiled_region(Region(), inputs)
+        assert seen == []
+        (y,) = _torch.load_graph(data)(*inputs)
+    (noted,) = seen
+    assert noted.kernel == "esper_fx.kernels.low_rank_rows:rows_kernel"
+    assert (noted.args[-2:], noted.constants["SAVE"]) == ([32, 8], False)
+    expected, _ = _computed(x.relu(), down.t(), up.t(), inputs[-1])
+    torch.testing.assert_close(y, expected * 2)
+
+
+def test_what_cannot_be_compiled_does_not_keep_a_region_from_loading(caplog: pytest.LogCaptureFixture) -> None:
+    inputs = (torch.randn(3),)
+    artifact, files, notes = _torch._unpack(compiled_region(Plain(), inputs))
+    assert notes == []
+    with caplog.at_level("WARNING"):
+        loaded = _torch.load_graph(_torch._pack(artifact, files, [Noted("esper_fx.kernels.nowhere:kernel", [], {})]))
+    assert "esper_fx.kernels.nowhere:kernel is not compiled ahead of its first launch" in caplog.text
+    (y,) = loaded(*inputs)
+    assert torch.equal(y, inputs[0].relu())
+
+
+def _computed(x: Tensor, down: Tensor, up: Tensor, alpha: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    assert x.is_contiguous()
+    assert down.t().is_contiguous()  # as the kernel takes it
+    assert up.t().is_contiguous()
+    return (x + alpha * ((x @ down) @ up)).to(x.dtype), x.new_empty((0, down.shape[1]))
