@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from esper_fx.kernels.launch import Noted, compile_noted, noting
+from esper_fx.kernels.launch import HiddenLaunch, compile_hidden
 
 logger = logging.getLogger(__name__)
 
@@ -197,7 +197,12 @@ class Uncacheable(Exception):
 
 
 def compile_graph(
-    module: fx.GraphModule, inputs: Sequence[torch.Tensor], cacheable: dict[str, str], *, threads: int | None = None
+    module: fx.GraphModule,
+    inputs: Sequence[torch.Tensor],
+    cacheable: dict[str, str],
+    *,
+    threads: int | None = None,
+    hidden: Sequence[HiddenLaunch] = (),
 ) -> tuple[Callable[..., Any], bytes]:
     """Compile a graph with Inductor, forward and backward, and return the callable and its serialised form.
 
@@ -206,6 +211,7 @@ def compile_graph(
         inputs: Example inputs whose shape, stride, dtype, device and requires_grad are compiled for.
         cacheable: Qualified names of functions of ours in the graph, with a digest of their source.
         threads: Number of compilations at once, by processes beside this one; None leaves Inductor's setting.
+        hidden: What launches within operators will compile, for whoever loads the serialised form.
 
     Raises:
         Uncacheable: Compilation is possible but not serialisation.
@@ -228,7 +234,6 @@ def compile_graph(
         ),
         inductor_config.patch(options),
         _libraries_used() as used,
-        noting() as notes,
     ):
         if threads is not None and threads > 1:
             _wait_for_compile_processes()
@@ -239,7 +244,7 @@ def compile_graph(
         serialized = artifact.serialize()  # type: ignore[attr-defined]
         # Inductor leaves the backward's C++ to be built when it is first loaded: build it here, not where it is loaded.
         kernel = AOTCompiledArtifact.deserialize(serialized)
-        return kernel, _pack(serialized, used(), notes)
+        return kernel, _pack(serialized, used(), hidden)
 
 
 def _wait_for_compile_processes() -> None:
@@ -261,19 +266,19 @@ def load_graph(data: bytes) -> Callable[..., Any]:
     from torch._inductor.runtime.cache_dir_utils import cache_dir
     from torch._inductor.standalone_compile import AOTCompiledArtifact
 
-    artifact, files, notes = _unpack(data)
+    artifact, files, hidden = _unpack(data)
     folder = cache_dir()
     for name, content in files.items():
         path = os.path.join(folder, name)
         if not os.path.exists(path):
             _write_atomic(path, content)
-    if notes:
-        importlib.import_module("esper_fx.ops.low_rank_rows")  # defines the operators that are called
-    for noted in notes:
+    if hidden:
+        importlib.import_module("esper_fx.ops.low_rank_rows")  # defines the operators that hide them
+    for launch in hidden:
         try:
-            compile_noted(noted)
+            compile_hidden(launch)
         except Exception as error:  # then its first launch compiles it, or says what is wrong
-            logger.warning("%s is not compiled ahead of its first launch: %s", noted.kernel, error)
+            logger.warning("%s is not compiled ahead of its first launch: %s", launch.kernel, error)
     # The libraries were built where they came from: nothing is compiled here, and the vector instructions are known good.
     with _no_precompiled_header(), inductor_config.patch({"cpp.vec_isa_ok": True}):
         return AOTCompiledArtifact.deserialize(artifact)
@@ -323,21 +328,21 @@ def _no_precompiled_header() -> Iterator[None]:
                 Libraries._get_uncompiled_header = inherited  # type: ignore[method-assign]
 
 
-def _pack(artifact: bytes, files: dict[str, bytes], notes: Sequence[Noted]) -> bytes:
+def _pack(artifact: bytes, files: dict[str, bytes], hidden: Sequence[HiddenLaunch]) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         archive.writestr("artifact", artifact)
-        archive.writestr("launches", json.dumps([dataclasses.asdict(noted) for noted in notes]))
+        archive.writestr("launches", json.dumps([dataclasses.asdict(launch) for launch in hidden]))
         for name, content in files.items():
             archive.writestr(f"library/{name}", content)
     return buffer.getvalue()
 
 
-def _unpack(data: bytes) -> tuple[bytes, dict[str, bytes], list[Noted]]:
+def _unpack(data: bytes) -> tuple[bytes, dict[str, bytes], list[HiddenLaunch]]:
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         names = [name for name in archive.namelist() if name.startswith("library/")]
         files = {name.removeprefix("library/"): archive.read(name) for name in names}
-        return archive.read("artifact"), files, [Noted(**each) for each in json.loads(archive.read("launches"))]
+        return archive.read("artifact"), files, [HiddenLaunch(**each) for each in json.loads(archive.read("launches"))]
 
 
 def _write_atomic(path: str, content: bytes) -> None:

@@ -17,6 +17,7 @@ from esper_fx.cache import ArtifactStore
 from esper_fx.engine.annotate import annotate
 from esper_fx.engine.choice import Chooser, has_kernels
 from esper_fx.errors import StoreError
+from esper_fx.kernels.launch import HiddenLaunch
 from esper_fx.passes import serialize
 from esper_fx.passes.lower import lower
 from esper_fx.passes.record import TensorMeta
@@ -129,13 +130,17 @@ def compile_region(
         store: Where it is remembered which fused kernels are fast, or None.
         threads: Number of compilations at once.
     """
+    hidden: list[HiddenLaunch] = []
     with ambient.in_this_process():
         annotate(module, inputs)
         if ambient.fused and has_kernels(inputs):
             module = _fused(module, inputs, ambient, store)
+            from esper_fx.ops.low_rank import hidden_launches  # only now: it defines the operator
+
+            hidden = hidden_launches(module.graph)
         cacheable = dict.fromkeys(ops.GRAPH_FUNCTIONS, ops.source_digest())
         examples = [meta.empty() for meta in inputs]
-        return _torch.compile_graph(module, examples, cacheable, threads=threads)
+        return _torch.compile_graph(module, examples, cacheable, threads=threads, hidden=hidden)
 
 
 def _fused(

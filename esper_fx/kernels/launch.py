@@ -24,9 +24,6 @@ _interpreting: ContextVar[bool] = ContextVar("esper_fx_interpreting", default=Fa
 _record: ContextVar[list[Launch] | None] = ContextVar("esper_fx_launch_record", default=None)
 
 
-#: Where launches are noted that a compiled region will make of itself, without Inductor's knowing.
-_notes: ContextVar[list[Noted] | None] = ContextVar("esper_fx_launch_notes", default=None)
-
 #: What is called with a kernel before it is launched for the first time on a device.
 _preparations: list[Callable[[Any], object]] = []
 
@@ -66,8 +63,8 @@ class Launch:
 
 
 @dataclass(frozen=True)
-class Noted:
-    """What a launch will compile, as plain data.
+class HiddenLaunch:
+    """What a launch will compile that an operator hides from Inductor, as plain data.
 
     Attributes:
         kernel: Module and name: ``esper_fx.kernels.low_rank_rows:rows_kernel``.
@@ -114,35 +111,19 @@ def recording() -> Iterator[list[Launch]]:
         _record.reset(token)
 
 
-@contextlib.contextmanager
-def noting() -> Iterator[list[Noted]]:
-    """Collect what launches that are hidden in operators will compile, where these are traced meanwhile."""
-    notes: list[Noted] = []
-    token = _notes.set(notes)
-    try:
-        yield notes
-    finally:
-        _notes.reset(token)
+def hidden_launch(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> HiddenLaunch:
+    """Describe a launch; arguments as for :func:`launch`, with dtypes for tensors."""
+    plain = [str(arg).removeprefix("torch.") if isinstance(arg, torch.dtype) else arg for arg in args]
+    return HiddenLaunch(f"{kernel.fn.__module__}:{kernel.fn.__name__}", plain, constants)
 
 
-def note(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> None:
-    """Note what a launch will compile, if somebody collects that; ``args`` as for :func:`launch`, dtypes for tensors."""
-    notes = _notes.get()
-    if notes is not None:
-        name = f"{kernel.fn.__module__}:{kernel.fn.__name__}"
-        plain = [str(arg).removeprefix("torch.") if isinstance(arg, torch.dtype) else arg for arg in args]
-        noted = Noted(name, plain, constants)
-        if noted not in notes:
-            notes.append(noted)
-
-
-def compile_noted(noted: Noted) -> None:
-    """Compile what was noted for the current device, or find it compiled, so that its first launch need not."""
-    module, _, name = noted.kernel.partition(":")
+def compile_hidden(hidden: HiddenLaunch) -> None:
+    """Compile what a launch will need on the current device, or find it compiled, so that the first launch need not."""
+    module, _, name = hidden.kernel.partition(":")
     kernel = getattr(importlib.import_module(module), name)
-    args = [getattr(torch, arg) if isinstance(arg, str) else arg for arg in noted.args]
+    args = [getattr(torch, arg) if isinstance(arg, str) else arg for arg in hidden.args]
     _prepare(kernel, torch.device("cuda", torch.cuda.current_device()))
-    kernel.warmup(*args, grid=(1,), **noted.constants)
+    kernel.warmup(*args, grid=(1,), **hidden.constants)
 
 
 def launch(

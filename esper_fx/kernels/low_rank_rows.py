@@ -29,7 +29,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from esper_fx.kernels.build_cases import BuildCase
 from esper_fx.kernels.device_math import activate, activate_grad
-from esper_fx.kernels.launch import ACTIVATIONS, launch, note
+from esper_fx.kernels.launch import ACTIVATIONS, HiddenLaunch, hidden_launch, launch
 from esper_fx.kernels.targets import TARGETS, Target
 
 #: Ranks whose weights can be copied 16 bytes at a time, and are few enough bytes to be read for every tile of rows.
@@ -331,12 +331,13 @@ def check(x: Tensor, down: Tensor, up: Tensor, dim: int, config: int) -> None:
         raise ValueError(f"the kernel that keeps rows on the chip takes {problem}")
 
 
-def note_launch(x: Tensor, rank: int, activation: str, config: int, *, backward: bool, save: bool) -> None:
-    """Note what a launch for ``x`` will compile, for whoever loads the compiled region that it is in."""
+def hidden(x: Tensor, rank: int, activation: str, config: int, *, backward: bool, save: bool) -> HiddenLaunch:
+    """What a launch for ``x`` will compile."""
     dtype, float32 = x.dtype, torch.float32
     kinds = (dtype, dtype, dtype, float32, float32, dtype, dtype, dtype, float32)
-    numbers = (2, x.shape[-1], rank)
-    note(rows_kernel, (*kinds, *numbers), _constants(x, rank, activation, config, backward=backward, save=save))
+    numbers = (2, x.shape[-1], rank)  # any number of rows: Triton does not specialise on it
+    constants = _constants(x, rank, activation, config, backward=backward, save=save)
+    return hidden_launch(rows_kernel, (*kinds, *numbers), constants)
 
 
 def _launch(

@@ -10,11 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.nn import functional
 
 from esper_fx._torch import triton_op
-from esper_fx.kernels.launch import runs_kernels
+from esper_fx.kernels.launch import HiddenLaunch, runs_kernels
 from esper_fx.kernels.rows import rows_of
 from esper_fx.ops import low_rank_rows  # noqa: F401  # defines operators that this one calls
 from esper_fx.ops.site_stats import FIELDS as STATS_FIELDS
@@ -80,6 +80,25 @@ def low_rank_stats(
         y, hidden, partials = kernels.forward(x, down, up, alpha, activation, dim, config, save, stats=True)
         return y, hidden, merge_partials(partials, x.numel())
     return *_reference(x, down, up, alpha, activation, dim, save), reference_stats(x)
+
+
+def hidden_launches(graph: fx.Graph) -> list[HiddenLaunch]:
+    """What calls of :func:`low_rank` in a graph, annotated with example values, will compile that Inductor does not see."""
+    from esper_fx.kernels import low_rank_rows as kernels
+    from esper_fx.kernels.low_rank import CONFIGS
+
+    found: list[HiddenLaunch] = []
+    for node in graph.find_nodes(op="call_function", target=torch.ops.esper.low_rank.default):
+        arguments = {argument.name: argument.default_value for argument in node.target._schema.arguments}
+        arguments |= dict(zip(arguments, node.args, strict=False)) | node.kwargs
+        config = arguments["config"] - len(CONFIGS)
+        if config < 0:
+            continue
+        x, down = (arguments[name].meta["example_value"] for name in ("x", "down"))
+        for backward in (False, True)[: 1 + arguments["save"]]:
+            values = (x, down.shape[1], arguments["activation"], config)
+            found.append(kernels.hidden(*values, backward=backward, save=arguments["save"]))
+    return found
 
 
 def _runs_kernels(x: Tensor, down: Tensor) -> bool:

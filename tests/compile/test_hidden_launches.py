@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from esper_fx import _torch
-from esper_fx.kernels.launch import Noted
+from esper_fx.kernels.launch import HiddenLaunch
 from tests.support.regions import compiled_region
 
 low_rank = pytest.importorskip("esper_fx.kernels.low_rank")
@@ -31,8 +31,8 @@ def test_what_it_will_compile_goes_with_it_and_is_compiled_when_it_is_loaded(mon
     """The launching operator is computed here by other means; all else is as on a GPU."""
     operator = importlib.import_module("esper_fx.ops.low_rank")
     monkeypatch.setattr(operator, "_runs_kernels", lambda x, down: True)
-    seen: list[Noted] = []
-    monkeypatch.setattr(_torch, "compile_noted", seen.append)
+    seen: list[HiddenLaunch] = []
+    monkeypatch.setattr(_torch, "compile_hidden", seen.append)
     x, down, up = (torch.randn(shape).bfloat16() for shape in ((6, 32), (8, 32), (32, 8)))
     inputs = (x, down, up, torch.tensor(0.5))
     with torch.library._scoped_library("esper", "IMPL") as library:
@@ -40,19 +40,21 @@ def test_what_it_will_compile_goes_with_it_and_is_compiled_when_it_is_loaded(mon
         data = compiled_region(Region(), inputs)
         assert seen == []
         (y,) = _torch.load_graph(data)(*inputs)
-    (noted,) = seen
-    assert noted.kernel == "esper_fx.kernels.low_rank_rows:rows_kernel"
-    assert (noted.args[-2:], noted.constants["SAVE"]) == ([32, 8], False)
+    (launch,) = seen
+    assert launch.kernel == "esper_fx.kernels.low_rank_rows:rows_kernel"
+    assert (launch.args[-2:], launch.constants["SAVE"]) == ([32, 8], False)
     expected, _ = _computed(x.relu(), down.t(), up.t(), inputs[-1])
     torch.testing.assert_close(y, expected * 2)
 
 
 def test_what_cannot_be_compiled_does_not_keep_a_region_from_loading(caplog: pytest.LogCaptureFixture) -> None:
     inputs = (torch.randn(3),)
-    artifact, files, notes = _torch._unpack(compiled_region(Plain(), inputs))
-    assert notes == []
+    artifact, files, hidden = _torch._unpack(compiled_region(Plain(), inputs))
+    assert hidden == []
     with caplog.at_level("WARNING"):
-        loaded = _torch.load_graph(_torch._pack(artifact, files, [Noted("esper_fx.kernels.nowhere:kernel", [], {})]))
+        loaded = _torch.load_graph(
+            _torch._pack(artifact, files, [HiddenLaunch("esper_fx.kernels.nowhere:kernel", [], {})])
+        )
     assert "esper_fx.kernels.nowhere:kernel is not compiled ahead of its first launch" in caplog.text
     (y,) = loaded(*inputs)
     assert torch.equal(y, inputs[0].relu())

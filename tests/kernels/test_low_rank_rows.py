@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from esper_fx import _torch
 from esper_fx.kernels import low_rank_rows as kernels
-from esper_fx.kernels.launch import noting
+from esper_fx.kernels.launch import recording
 from esper_fx.kernels.low_rank import CONFIG_COUNT, CONFIGS
-from esper_fx.ops.low_rank import low_rank
-from esper_fx.ops.low_rank_rows import _library
+from esper_fx.ops.low_rank import hidden_launches, low_rank
 
 
 def example(
@@ -52,21 +50,43 @@ def test_a_configuration_that_there_is_not_is_named() -> None:
         kernels.check(*example(), -1, 4)
 
 
-@pytest.mark.parametrize("config", range(len(CONFIGS), CONFIG_COUNT))
-def test_who_traces_it_learns_what_it_will_compile(config: int) -> None:
-    assert _library is not None
-    with FakeTensorMode(), noting() as notes:
-        x, down, up = (torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cpu") for t in example((40, 64)))
-        x, down, up = (t.requires_grad_() for t in (x, down, up))
+@pytest.mark.parametrize("config", range(len(kernels.CONFIGS)))
+def test_its_results_are_as_large_as_the_operators_say(config: int) -> None:
+    with FakeTensorMode():
+        x, down, up = (torch.empty_strided(t.shape, t.stride(), dtype=t.dtype) for t in example((40, 64)))
         alpha = torch.empty(())
-        y, hidden = torch.ops.esper.low_rank_rows(x, down, up, alpha, "gelu", -1, config - len(CONFIGS), True)
+        y, hidden = torch.ops.esper.low_rank_rows(x, down, up, alpha, "gelu", -1, config, True)
         backward = torch.ops.esper.low_rank_rows_backward
-        dx, dhidden, dalphas = backward(y, hidden, down, up, alpha, alpha, "gelu", -1, config - len(CONFIGS))
-    assert (y.shape, hidden.shape, dx.shape, dhidden.shape) == ((40, 64), (40, 16), (40, 64), (40, 16))
-    assert dalphas.numel() == -(-40 // kernels.CONFIGS[config - len(CONFIGS)].block_m)
-    assert [note.constants["BACKWARD"] for note in notes] == [False, True]
-    artifact, files, unpacked = _torch._unpack(_torch._pack(b"artifact", {"a/b.so": b"library"}, notes))
-    assert (artifact, files, unpacked) == (b"artifact", {"a/b.so": b"library"}, notes)
+        dx, dhidden, dalphas = backward(y, hidden, down, up, alpha, alpha, "gelu", -1, config)
+    with recording() as launches:
+        launched = kernels.forward(*example((40, 64)), alpha.to("meta"), "gelu", config, save=True)
+        launched += kernels.backward(
+            launched[0], launched[1], *example((40, 64))[1:], alpha.to("meta"), alpha.to("meta"), "gelu", config
+        )
+    said = [(t.shape, t.dtype) for t in (y, hidden, dx, dhidden, dalphas)]
+    assert said == [(t.shape, t.dtype) for t in launched]
+    assert [launch.constants["BACKWARD"] for launch in launches] == [False, True]
+
+
+def test_what_a_graph_will_compile_is_what_is_launched() -> None:
+    x, down, up = example((40, 1024))
+    graph = fx.Graph()
+    nodes = [graph.placeholder(name) for name in ("x", "down", "up", "alpha", "gate")]
+    for node, value in zip(nodes, (x, down, up), strict=False):
+        node.meta["example_value"] = value
+    options = {"activation": "silu", "dim": -1}
+    for config, save in ((0, True), (len(CONFIGS) + 2, True), (len(CONFIGS), False)):
+        graph.call_function(torch.ops.esper.low_rank.default, tuple(nodes), {**options, "config": config, "save": save})
+    alpha = x.new_empty((), dtype=torch.float32)
+    with recording() as launches:
+        _, hidden = kernels.forward(x, down, up, alpha, "silu", 2, save=True)
+        kernels.backward(x, hidden, down, up, alpha, alpha, "silu", 2)
+        kernels.forward(x, down, up, alpha, "silu", 0, save=False)
+    kinds = [[str(arg.dtype)[6:] if isinstance(arg, Tensor) else arg for arg in launch.args] for launch in launches]
+    for launched in kinds:
+        launched[9] = 2  # the number of rows, on which nothing depends
+    assert [launch.args for launch in hidden_launches(graph)] == kinds
+    assert [launch.constants for launch in hidden_launches(graph)] == [launch.constants for launch in launches]
 
 
 def test_without_a_gpu_the_operator_is_its_reference_in_these_configurations_too() -> None:

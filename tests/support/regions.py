@@ -8,6 +8,7 @@ from torch import Tensor, fx, nn
 
 from esper_fx import _torch, ops
 from esper_fx.engine.annotate import annotate
+from esper_fx.ops.low_rank import hidden_launches
 from esper_fx.passes.record import TensorMeta
 
 
@@ -18,5 +19,5 @@ def compiled_region(module: nn.Module, inputs: Sequence[Tensor]) -> bytes:
         node.type = None  # annotations are no part of a region
     region.recompile()
     annotate(region, tuple(TensorMeta.of(value) for value in inputs))
-    _, data = _torch.compile_graph(region, list(inputs), dict.fromkeys(ops.GRAPH_FUNCTIONS, ops.source_digest()))
-    return data
+    cacheable = dict.fromkeys(ops.GRAPH_FUNCTIONS, ops.source_digest())
+    return _torch.compile_graph(region, list(inputs), cacheable, hidden=hidden_launches(region.graph))[1]
