@@ -1,13 +1,18 @@
 """Count, mean, M2 and largest absolute value of finite numbers, gathered by kernels that have the numbers in registers.
 
-A program keeps these four for each of its ``LANES`` threads and adds to them a tile at a time (``accumulate``), merges its
-threads at the end and stores one partial result (``store_partial``): 32 bytes a program. A second kernel of one program
-merges the partial results (``merge_partials``). The order of all sums is fixed by the shape.
+The long way (``accumulate``): a program keeps these four for each of its ``LANES`` threads and adds to them a tile at a time. A
+tile's mean is taken first and then the deviations from it, whose own sum corrects that mean (Chan, Golub, LeVeque: "Algorithms
+for computing the sample variance", 1983, equation 1.7); tiles, threads and programs are merged by their formula 2.1, with means
+and M2 in float64. A count in float32 is exact up to 2**24 numbers a thread, and there are tens of thousands of threads. A tile is
+scaled by a power of two, so that no square overflows float32 or vanishes in it.
 
-How it stays sound: a tile's mean is taken first and then the deviations from it, whose own sum corrects that mean (Chan,
-Golub, LeVeque: "Algorithms for computing the sample variance", 1983, equation 1.7); tiles, threads and programs are merged
-by their formula 2.1, with means and M2 in float64. A count in float32 is exact up to 2**24 numbers a thread, and there are
-tens of thousands of threads. A tile is scaled by a power of two, so that no square overflows float32 or vanishes in it.
+The short way (``gather``), for a program that can go over its numbers again: each of its ``LANES`` threads sums deviations, and their squares, from the mean
+of the first tile that it sees, in float32: five instructions a number. At the end it is checked whether these sums can be
+``trusted``: not, if something was not finite, if squares overflowed or vanished, or if the first tile was so far from the rest
+that little is left of the squares when the mean is taken out. Then the program goes the long way.
+
+Either way it merges its threads at the end and stores one partial result (``store_partial``): 32 bytes a program. A second
+kernel of one program merges these (``merge_partials``). The order of all sums is fixed by the shape.
 """
 
 from __future__ import annotations
@@ -30,6 +35,37 @@ MERGE_LANES = 512
 def total(x):
     """Sum over the first and last dimension of a tile ``[loads, lanes, vector]``, which a thread has to itself."""
     return tl.sum(tl.sum(x, 2), 0)
+
+
+@triton.jit
+def gather(sums, squares, largest, x, shift):
+    """Add a tile ``[loads, lanes, vector]`` to each lane's sums of what is apart from ``shift``, all float32.
+
+    What does not count has to be equal to the shift.
+    """
+    apart = x - shift[None, :, None]
+    top = tl.max(tl.max(tl.abs(x), 2), 0)
+    return sums + total(apart), squares + total(apart * apart), tl.maximum(largest, top)
+
+
+@triton.jit
+def trusted(count, shift, sums, squares, largest):
+    """Whether mean and M2 of all lanes can be had from these sums with few rounding errors."""
+    count = tl.maximum(count, 1.0)
+    left = squares - sums * sums / count
+    spread = (left >= 0.25 * squares) & ((squares > 1e-30) | (largest == 0))
+    # Nothing but the rounding errors of the shift itself: all numbers are the same.
+    same = (tl.abs(shift) > 1e-12) & (squares <= count * (shift * 2**-20) * (shift * 2**-20))
+    return tl.min(((spread | same) & (squares < 1e38)).to(tl.int32), 0) == 1
+
+
+@triton.jit
+def store_gathered(partials_ptr, count, shift, sums, squares, largest):
+    """Store what ``gather`` has summed, as ``store_partial`` does."""
+    sums = sums.to(tl.float64)
+    apart = sums / tl.maximum(count, 1.0).to(tl.float64)
+    squares = tl.maximum(squares.to(tl.float64) - sums * apart, 0.0)
+    store_partial(partials_ptr, count, shift.to(tl.float64) + apart, squares, largest)
 
 
 @triton.jit
