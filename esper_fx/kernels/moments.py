@@ -1,15 +1,15 @@
 """Count, mean, M2 and largest absolute value of finite numbers, gathered by kernels that have the numbers in registers.
 
-The long way (``accumulate``): a program keeps these four for each of its ``LANES`` threads and adds to them a tile at a time. A
-tile's mean is taken first and then the deviations from it, whose own sum corrects that mean (Chan, Golub, LeVeque: "Algorithms
-for computing the sample variance", 1983, equation 1.7); tiles, threads and programs are merged by their formula 2.1, with means
-and M2 in float64. A count in float32 is exact up to 2**24 numbers a thread, and there are tens of thousands of threads. A tile is
-scaled by a power of two, so that no square overflows float32 or vanishes in it.
+The long way (``accumulate``): a program keeps these four for each of its ``LANES`` threads and adds to them a tile at a
+time. A tile's mean is taken first and then the deviations from it, whose own sum corrects that mean (Chan, Golub, LeVeque:
+"Algorithms for computing the sample variance", 1983, equation 1.7); tiles, threads and programs are merged by their formula
+2.1, with means and M2 in float64. A count in float32 is exact up to 2**24 numbers a thread, and there are tens of thousands of
+threads. A tile is scaled by a power of two, so that no square overflows float32 or vanishes in it.
 
-The short way (``gather``), for a program that can go over its numbers again: each of its ``LANES`` threads sums deviations, and their squares, from the mean
-of the first tile that it sees, in float32: five instructions a number. At the end it is checked whether these sums can be
-``trusted``: not, if something was not finite, if squares overflowed or vanished, or if the first tile was so far from the rest
-that little is left of the squares when the mean is taken out. Then the program goes the long way.
+The short way (``gather``), for a program that can go over its numbers again: each thread sums deviations, and their squares,
+from the mean of the first tile that it sees, in float32: five instructions a number. At the end it is checked whether these
+sums can be ``trusted``: not, if something was not finite, if squares overflowed or vanished, or if the first tile was so far
+from the rest that little is left of the squares when the mean is taken out. Then the program goes the long way.
 
 Either way it merges its threads at the end and stores one partial result (``store_partial``): 32 bytes a program. A second
 kernel of one program merges these (``merge_partials``). The order of all sums is fixed by the shape.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from esper_fx.kernels import site_stats as kernels
 from esper_fx.kernels.launch import launch
-from esper_fx.kernels.moments import FIELDS, MERGE_LANES, accumulate, merge_partials
+from esper_fx.kernels.moments import FIELDS, MERGE_LANES, accumulate, gather, merge_partials, total, trusted
 from esper_fx.ops.low_rank import low_rank, low_rank_stats
 from esper_fx.ops.site_stats import reference, site_stats
 from tests.support.kernels import DEVICE, alphas, dtypes, memory_formats, scalar, values
@@ -171,6 +171,50 @@ def test_tiles_and_what_is_left_over_are_dealt_out_to_three_programs(tiles: floa
     partials = torch.empty((FIELDS, 3), dtype=torch.float64, device=DEVICE)
     launch(kernels.partial_kernel, (3,), x, partials, x.numel(), LOADS=4, LANES=8, VECTOR=4, STAGES=2)
     assert_close(merge_partials(partials, x.numel()), reference(x))
+
+
+@triton.jit
+def _short_way(x_ptr, trusted_ptr, TILES: tl.constexpr, LOADS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr):
+    place = (tl.arange(0, LOADS)[:, None, None] * LANES + tl.arange(0, LANES)[None, :, None]) * VECTOR
+    place += tl.arange(0, VECTOR)[None, None, :]
+    shift = total(tl.load(x_ptr + place)) / (LOADS * VECTOR)
+    sums = tl.zeros([LANES], tl.float32)
+    squares = tl.zeros([LANES], tl.float32)
+    largest = tl.zeros([LANES], tl.float32)
+    for tile in range(TILES):
+        x = tl.load(x_ptr + tile * LOADS * LANES * VECTOR + place)
+        sums, squares, largest = gather(sums, squares, largest, x, shift)
+    count = tl.full([LANES], TILES * LOADS * VECTOR, tl.float32)
+    tl.store(trusted_ptr, trusted(count, shift, sums, squares, largest).to(tl.int32))
+
+
+@pytest.mark.parametrize(
+    ("kind", "right"),
+    [
+        ("normal", 1),
+        ("far from 0", 1),
+        ("zero", 1),
+        ("constant", 1),
+        ("first tile far out", 0),
+        ("nan", 0),
+        ("tiny", 0),
+        ("huge", 0),
+    ],
+)
+def test_the_short_way_is_trusted_where_it_can_be(kind: str, right: int) -> None:
+    x = values((8, 4, 8, 4), torch.float32, 3)
+    changed = {
+        "far from 0": x + 1e3,
+        "zero": x * 0,
+        "constant": x * 0 + 12345.678,
+        "first tile far out": torch.cat([x[:1] + 1e6, x[1:]]),
+        "nan": x.clone().index_put_((torch.tensor(7),) + (torch.tensor(1),) * 3, torch.tensor(float("nan"))),
+        "tiny": x * 1e-20,
+        "huge": x * 1e20,
+    }
+    found = torch.full((1,), -1, dtype=torch.int32, device=DEVICE)
+    launch(_short_way, (1,), changed.get(kind, x), found, TILES=8, LOADS=4, LANES=8, VECTOR=4)
+    assert int(found) == right
 
 
 @triton.jit
