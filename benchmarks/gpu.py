@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from time import perf_counter
 
 import torch
 
+import esper_fx
 from benchmarks import active, training
 from benchmarks.gpu_timing import require_gpu
 from benchmarks.harness import Stamps, interleave, median, quantiles
@@ -26,26 +28,27 @@ def run(options: Options) -> Report:
     report = Report("gpu")
     rounds = 20 if options.quick else 100
     for name in map(LARGE.__getitem__, options.models):
-        _dormant(report, name, rounds, options.seed)
-        _active(report, name, rounds, options.seed)
-        _swap(report, name, rounds, options.seed)
+        # One store for all parts: what the swap compiles, the active model finds. Compiling is waited for, so by many workers.
+        with training.empty_store(), esper_fx.configure(workers=max(1, (os.cpu_count() or 1) // 4)):
+            _dormant(report, name, rounds, options.seed)
+            _swap(report, name, rounds, options.seed)
+            _active(report, name, rounds, options.seed)
     return report
 
 
 def _dormant(report: Report, name: str, rounds: int, seed: int) -> None:
     torch.compiler.reset()
     case = training.case(name, seed, "cuda")
-    with training.empty_store():
-        loops = {
-            "plain": training.plain_loop(case),
-            "twin": training.plain_loop(case),
-            "reduce-overhead": training.plain_loop(case, mode="reduce-overhead"),
-            "esper": training.esper_loop(case, training.FINE_SITES[name]),
-        }
-        for loop in loops.values():
-            loop.autocast = True
-        training.settle(loops["esper"])
-        samples = interleave({side: loop.step for side, loop in loops.items()}, rounds=rounds, warmup=8)
+    loops = {
+        "plain": training.plain_loop(case),
+        "twin": training.plain_loop(case),
+        "reduce-overhead": training.plain_loop(case, mode="reduce-overhead"),
+        "esper": training.esper_loop(case, training.FINE_SITES[name]),
+    }
+    for loop in loops.values():
+        loop.autocast = True
+    training.settle(loops["esper"])
+    samples = interleave({side: loop.step for side, loop in loops.items()}, rounds=rounds, warmup=8)
     for other, bar in (("plain", DORMANT), ("reduce-overhead", None)):
         ratio = samples.ratio("esper", other)
         note = f"{len(loops['esper'].net.seeds)} seeds; {other} {samples.side(other).p50 * 1e3:.2f} ms"
@@ -55,63 +58,61 @@ def _dormant(report: Report, name: str, rounds: int, seed: int) -> None:
     report.raw[f"{name}, dormant"] = samples.seconds
 
 
-def _active(report: Report, name: str, rounds: int, seed: int) -> None:
-    torch.compiler.reset()
-    case = training.case(name, seed, "cuda")
-    grow = dict.fromkeys(active.SITES, active.LOW_RANK)
-    with training.empty_store():
-        esper = training.esper_loop(case)
-        esper.autocast = True
-        training.settle(esper)
-        training.make_active(esper, grow)
-        static = active.by_hand(case, esper, tuple(grow))
-        static.autocast = True
-        error = active.largest_difference(esper, static)
-        if error > TOLERANCE:
-            raise RuntimeError(f"{name}: the two sides differ by {error:.2e} relative; expected {TOLERANCE:g}")
-        samples = interleave({"esper": esper.step, "static": static.step}, rounds=rounds, warmup=8)
-    ratio = samples.ratio("esper", "static")
-    note = f"static {samples.side('static').p50 * 1e3:.2f} ms; equal within {error:.0e}"
-    report.add(Row(f"{name}: training step, 4 × low_rank / static", ratio.p50, "×", ACTIVE, ratio, note))
-    report.raw[f"{name}, active"] = samples.seconds
-
-
 def _swap(report: Report, name: str, rounds: int, seed: int) -> None:
     """A first germination in a running loop, and then the same at an equal block, whose kernels are resident."""
     torch.compiler.reset()
     case = training.case(name, seed, "cuda")
-    with training.empty_store():
-        loop = training.esper_loop(case)
-        loop.autocast = True
-        training.settle(loop)
-        training.wait_for_a_worker()
-        before = _watched(loop, rounds)
-        loop.net.seeds[training.MIDDLE[name]].germinate("low_rank", rank=8)
-        event: list[float] = []
-        left = 20
-        while left:
-            event += _watched(loop, 1)
-            left -= training.on_best_plan(loop)
-            if len(event) > MOST_STEPS:
-                raise RuntimeError(f"after {MOST_STEPS} steps the change has not taken over: {loop.net.stats()}")
-        longest = max(event) / median(before)
-        note = f"{median(before) * 1e3:.2f} ms before, {len(event)} steps, {loop.net.stats().kernels_compiled} compiled"
-        report.add(Row(f"{name}: longest step of a first germination / median", longest, "×", LONGEST, None, note))
-        taken = []
-        target = loop.net.seeds[training.MIDDLE[name]]
-        for _ in range(10):
-            target.prune()
-            while target.stage.name != "DORMANT" or loop.net.pending:
-                loop.step()
-            started = perf_counter()
-            germination = target.germinate("low_rank", rank=8)
-            germination.wait(training.SETTLE_S)
-            taken.append((perf_counter() - started) * 1e6)
+    loop = training.esper_loop(case)
+    loop.autocast = True
+    training.settle(loop)
+    training.wait_for_a_worker()
+    before = _watched(loop, rounds)
+    loop.net.seeds[training.MIDDLE[name]].germinate("low_rank", rank=8)
+    event: list[float] = []
+    left = 20
+    while left:
+        event += _watched(loop, 1)
+        left -= training.on_best_plan(loop)
+        if len(event) > MOST_STEPS:
+            raise RuntimeError(f"after {MOST_STEPS} steps the change has not taken over: {loop.net.stats()}")
+    longest = max(event) / median(before)
+    note = f"{median(before) * 1e3:.2f} ms before, {len(event)} steps, {loop.net.stats().kernels_compiled} compiled"
+    report.add(Row(f"{name}: longest step of a first germination / median", longest, "×", LONGEST, None, note))
+    taken = []
+    target = loop.net.seeds[training.MIDDLE[name]]
+    for _ in range(10):
+        target.prune()
+        while target.stage.name != "DORMANT" or loop.net.pending:
             loop.step()
-        spread = quantiles(taken)
-        note = "germinate() and the switch, on the training thread"
-        report.add(Row(f"{name}: activation of a resident kernel", spread.p50, "µs", RESIDENT_US, spread, note))
+        started = perf_counter()
+        germination = target.germinate("low_rank", rank=8)
+        germination.wait(training.SETTLE_S)
+        taken.append((perf_counter() - started) * 1e6)
+        loop.step()
+    spread = quantiles(taken)
+    note = "germinate() and the switch, on the training thread"
+    report.add(Row(f"{name}: activation of a resident kernel", spread.p50, "µs", RESIDENT_US, spread, note))
     report.raw[f"{name}, swap"] = {"before_s": before, "event_s": event, "resident_us": taken}
+
+
+def _active(report: Report, name: str, rounds: int, seed: int) -> None:
+    torch.compiler.reset()
+    case = training.case(name, seed, "cuda")
+    grow = dict.fromkeys(active.SITES, active.LOW_RANK)
+    esper = training.esper_loop(case)
+    esper.autocast = True
+    training.settle(esper)
+    training.make_active(esper, grow)
+    static = active.by_hand(case, esper, tuple(grow))
+    static.autocast = True
+    error = active.largest_difference(esper, static)
+    if error > TOLERANCE:
+        raise RuntimeError(f"{name}: the two sides differ by {error:.2e} relative; expected {TOLERANCE:g}")
+    samples = interleave({"esper": esper.step, "static": static.step}, rounds=rounds, warmup=8)
+    ratio = samples.ratio("esper", "static")
+    note = f"static {samples.side('static').p50 * 1e3:.2f} ms; equal within {error:.0e}"
+    report.add(Row(f"{name}: training step, 4 × low_rank / static", ratio.p50, "×", ACTIVE, ratio, note))
+    report.raw[f"{name}, active"] = samples.seconds
 
 
 def _watched(loop: training.Loop, steps: int) -> list[float]:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -81,8 +82,9 @@ class Report:
     raw: dict[str, Any] = field(default_factory=dict)
 
     def add(self, row: Row) -> None:
-        """Append a row."""
+        """Append a row; its figure goes to the standard error stream at once, for who waits or has to cut it short."""
         self.rows.append(row)
+        print(f"{row.what}: {_number(row.figure)} {row.unit} {row.verdict}", file=sys.stderr, flush=True)
 
     def to_json(self) -> dict[str, Any]:
         """A dict that ``json`` can write: benchmark, date, machine, rows with verdicts, and the raw measurements."""
