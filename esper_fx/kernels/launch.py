@@ -152,11 +152,14 @@ def launch(
     if record is not None:
         record.append(Launch(kernel, grid, args, constants))
         return
+    device = next(arg.device for arg in args if isinstance(arg, Tensor))
     if hasattr(kernel, "create_binder"):  # compiled; in the interpreter there is no such thing to trace
-        _prepare(kernel, next(arg.device for arg in args if isinstance(arg, Tensor)))
+        _prepare(kernel, device)
         if traceable:
             kernel = torch.library.wrap_triton(kernel)
-    kernel[grid](*args, **constants)
+    here = device.type == "cuda" and torch.cuda.is_initialized()
+    with torch.cuda.device(device) if here else contextlib.nullcontext():  # Triton launches on the current one
+        kernel[grid](*args, **constants)
 
 
 def before_first_launch(prepare: Callable[[Any], object]) -> None:

@@ -111,6 +111,12 @@ def copy_weight(
 
 
 @gluon.jit
+def no_product(BLOCK_M: gl.constexpr, rank: gl.constexpr, SPLIT: gl.constexpr, mma: gl.constexpr):
+    """What ``first_product`` begins with."""
+    return gl.zeros([BLOCK_M, rank] if SPLIT == 1 else [SPLIT, BLOCK_M, rank], gl.float32, mma)
+
+
+@gluon.jit
 def first_product(tile, weight, acc, WIDE: gl.constexpr, SPLIT: gl.constexpr, mma: gl.constexpr):
     """acc + tile [M, D] @ weight, which is [R, D], WIDE, or [D, R]; SPLIT groups of warps each take a part of D."""
     M: gl.constexpr = tile.shape[0]
@@ -200,10 +206,7 @@ def rows_kernel(  # noqa: PLR0915
         copy_weight(first_ptr, firsts, j, j, features, rank, BLOCK_D, FIRST_WIDE, first_layout)
         copy_rows(x_ptr, tiles, tile, j, rows, features, BLOCK_M, BLOCK_D, across)
         async_copy.commit_group()
-    if SPLIT == 1:
-        acc = gl.zeros([BLOCK_M, rank], gl.float32, first_mma)
-    else:
-        acc = gl.zeros([SPLIT, BLOCK_M, rank], gl.float32, first_mma)
+    acc = no_product(BLOCK_M, rank, SPLIT, first_mma)
     for i in range(CHUNKS):
         async_copy.wait_group(DEPTH - 1)
         acc = first_product(tiles.index(i), firsts.index(i % DEPTH), acc, FIRST_WIDE, SPLIT, first_mma)
@@ -242,10 +245,7 @@ def rows_kernel(  # noqa: PLR0915
             odd = gl.convert_layout(beside(none, active), gl.DotOperandLayout(0, mma, 2))
         else:
             even = gl.convert_layout(active, gl.DotOperandLayout(0, mma, 2))
-        if SPLIT == 1:
-            acc = gl.zeros([BLOCK_M, rank], gl.float32, first_mma)
-        else:
-            acc = gl.zeros([SPLIT, BLOCK_M, rank], gl.float32, first_mma)
+        acc = no_product(BLOCK_M, rank, SPLIT, first_mma)
         for i in range(CHUNKS):
             async_copy.wait_group(DEPTH - 1)
             slot = i % DEPTH
