@@ -25,8 +25,9 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     from esper_fx.kernels import low_rank_rows as kernels
 
+    x, down, up = _aligned(x), _aligned(down.t()).t(), _aligned(up.t()).t()
     kernels.check(x, down, up, dim, config)
-    return kernels.forward(_aligned(x), _aligned(down), _aligned(up), alpha, activation, config, save)
+    return kernels.forward(x, down, up, alpha, activation, config, save)
 
 
 def _backward(
@@ -42,13 +43,14 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from esper_fx.kernels import low_rank_rows as kernels
 
-    grad, hidden, down, up = _aligned(grad.contiguous()), _aligned(hidden), _aligned(down), _aligned(up)
+    grad, hidden, down, up = _aligned(grad), _aligned(hidden), _aligned(down.t()).t(), _aligned(up.t()).t()
     kernels.check(grad, down, up, dim, config)
     return kernels.backward(grad, hidden, down, up, alpha, gate, activation, config)
 
 
 def _aligned(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy of it: the kernel copies 16 bytes at a time."""
+    """The tensor, or a copy of it where the kernel could not copy 16 bytes at a time."""
+    tensor = tensor.contiguous()
     return tensor.clone() if tensor.data_ptr() % 16 else tensor
 
 
