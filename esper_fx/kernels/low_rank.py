@@ -38,10 +38,8 @@ from esper_fx.kernels.rows import rows_of
 #: Of the kernels that go over rows: the forward pass, and the backward pass for x. The first is the default.
 CONFIGS = (
     Config(32, 128, 4, 3),
-    Config(16, 128, 4, 3),
     Config(16, 256, 4, 3),
     Config(32, 256, 4, 3),
-    Config(32, 128, 8, 3),
     Config(64, 128, 4, 3),
 )
 
