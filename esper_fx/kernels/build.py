@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
 import multiprocessing
 import os
@@ -22,6 +21,7 @@ import torch
 
 from esper_fx.errors import KernelBuildError
 from esper_fx.kernels.build_cases import BuildCase
+from esper_fx.kernels.launch import find_kernel, kernel_name
 from esper_fx.kernels.prebuilt import Binary
 from esper_fx.kernels.resources import Resources, registers_of_amdgcn, registers_of_ptxas
 from esper_fx.kernels.targets import Target
@@ -81,8 +81,9 @@ def plan(cases: Iterable[BuildCase], targets: Iterable[Target]) -> dict[Job, lis
             if not case.runs_on(target):
                 continue
             args = tuple(arg.dtype if isinstance(arg, torch.Tensor) else arg for arg in launch.args)
-            name = f"{launch.kernel.fn.__module__}:{launch.kernel.fn.__name__}"  # fn: interpreted kernels have it too
-            jobs.setdefault(Job(name, args, tuple(sorted(launch.constants.items())), target), []).append(case)
+            jobs.setdefault(
+                Job(kernel_name(launch.kernel), args, tuple(sorted(launch.constants.items())), target), []
+            ).append(case)
     return jobs
 
 
@@ -143,8 +144,7 @@ def compile_job(job: Job) -> Built:
 
     started = time.perf_counter()
     target = _triton.gpu_target(job.target)
-    module, _, name = job.kernel.partition(":")
-    kernel = getattr(importlib.import_module(module), name)
+    kernel = find_kernel(job.kernel)
     with _native_errors() as said:
         try:
             compiled, options, log = _triton.compile_for(target, kernel, job.args, dict(job.constants))

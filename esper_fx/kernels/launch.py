@@ -111,16 +111,26 @@ def recording() -> Iterator[list[Launch]]:
         _record.reset(token)
 
 
+def kernel_name(kernel: Any) -> str:
+    """Module and name of a kernel, by which another process finds it."""
+    return f"{kernel.fn.__module__}:{kernel.fn.__name__}"  # fn: interpreted kernels have it too
+
+
+def find_kernel(name: str) -> Any:
+    """The kernel that :func:`kernel_name` says this of."""
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
 def hidden_launch(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> HiddenLaunch:
     """Describe a launch; arguments as for :func:`launch`, with dtypes for tensors."""
     plain = [str(arg).removeprefix("torch.") if isinstance(arg, torch.dtype) else arg for arg in args]
-    return HiddenLaunch(f"{kernel.fn.__module__}:{kernel.fn.__name__}", plain, constants)
+    return HiddenLaunch(kernel_name(kernel), plain, constants)
 
 
 def compile_hidden(hidden: HiddenLaunch) -> None:
     """Compile what a launch will need on the current device, or find it compiled, so that the first launch need not."""
-    module, _, name = hidden.kernel.partition(":")
-    kernel = getattr(importlib.import_module(module), name)
+    kernel = find_kernel(hidden.kernel)
     args = [getattr(torch, arg) if isinstance(arg, str) else arg for arg in hidden.args]
     _prepare(kernel, torch.device("cuda", torch.cuda.current_device()))
     kernel.warmup(*args, grid=(1,), **hidden.constants)

@@ -323,9 +323,7 @@ def check(x: Tensor, down: Tensor, up: Tensor, dim: int, config: int) -> None:
         problem = f"features that are a multiple of 16 and a rank of {RANKS}, not {features} and {rank}"
     elif not (down.t().is_contiguous() and up.t().is_contiguous()):
         problem = f"weights as two layers hold them, not with strides {down.t().stride()} and {up.t().stride()}"
-    elif _depth(CONFIGS[config], features, rank, _shared_bytes(x.device)) < min(
-        2, -(-features // CONFIGS[config].block_d)
-    ):
+    elif _depth(CONFIGS[config], features, rank, _shared_bytes(x.device)) < 2:
         problem = f"rows that fit the chip's memory, not {CONFIGS[config].block_m} of {features} features"
     if problem:
         raise ValueError(f"the kernel that keeps rows on the chip takes {problem}")
@@ -378,6 +376,7 @@ def _chunks(tiles: RowsConfig, features: int) -> int:
     return max(2, triton.cdiv(features, tiles.block_d))
 
 
+@cache  # asked at every launch
 def _depth(tiles: RowsConfig, features: int, rank: int, shared_bytes: int) -> int:
     """How many chunks can be on their way at once in this much shared memory, in both passes."""
     most = min(tiles.depth, _chunks(tiles, features))
