@@ -32,6 +32,10 @@ from esper_fx.kernels.device_math import activate, activate_grad
 from esper_fx.kernels.launch import ACTIVATIONS, HiddenLaunch, hidden_launch, launch
 from esper_fx.kernels.targets import TARGETS, Target
 
+#: From global to shared memory; until Triton 3.8 under another name.
+_OLD_NAME = "async_copy_global_to_shared"
+async_load = async_copy.async_load if hasattr(async_copy, "async_load") else getattr(async_copy, _OLD_NAME)
+
 #: Ranks whose weights can be copied 16 bytes at a time, and are few enough bytes to be read for every tile of rows.
 RANKS = (8, 16, 32)
 
@@ -73,9 +77,7 @@ def copy_rows(
     m = tile * BLOCK_M + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, layout))
     d = chunk * BLOCK_D + gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, layout))
     mask = (m < rows)[:, None] & (d < features)[None, :]
-    async_copy.async_copy_global_to_shared(
-        tiles.index(chunk), x_ptr + m.to(gl.int64)[:, None] * features + d[None, :], mask
-    )
+    async_load(tiles.index(chunk), x_ptr + m.to(gl.int64)[:, None] * features + d[None, :], mask)
 
 
 @gluon.jit
@@ -97,17 +99,13 @@ def copy_weight(
         d = chunk * BLOCK_D + gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, layout))
         if rank < target.shape[0]:
             target = target.slice(0, rank, 0)
-        async_copy.async_copy_global_to_shared(
-            target, weight_ptr + r[:, None] * features + d[None, :], (d < features)[None, :]
-        )
+        async_load(target, weight_ptr + r[:, None] * features + d[None, :], (d < features)[None, :])
     else:  # side by side in memory and here, in rows of COLUMNS
         COLUMNS: gl.constexpr = target.shape[1]
         PACK: gl.constexpr = COLUMNS // rank
         line = chunk * (BLOCK_D // PACK) + gl.arange(0, BLOCK_D // PACK, layout=gl.SliceLayout(1, layout))
         column = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, layout))
-        async_copy.async_copy_global_to_shared(
-            target, weight_ptr + line[:, None] * COLUMNS + column[None, :], (line * PACK < features)[:, None]
-        )
+        async_load(target, weight_ptr + line[:, None] * COLUMNS + column[None, :], (line * PACK < features)[:, None])
 
 
 @gluon.jit
