@@ -1,16 +1,105 @@
-"""What can be said without a GPU of the kernel that keeps rows on the chip: what it takes, and what it will compile."""
+"""The kernel of esper::low_rank that keeps rows on the chip: against float64, what it takes, and what it will compile."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from esper_fx.kernels import low_rank_rows as kernels
-from esper_fx.kernels.launch import recording
+from esper_fx.kernels.launch import ACTIVATIONS, recording
 from esper_fx.kernels.low_rank import CONFIG_COUNT, CONFIGS
 from esper_fx.ops.low_rank import hidden_launches, low_rank
+from tests.kernels.test_low_rank import actual, expected
+from tests.support.kernels import TOLERANCE, alphas, distance, gates, layer_weights, values
+
+configs = st.integers(len(CONFIGS), CONFIG_COUNT - 1)
+#: Rows and features: tiles that are not full, chunks that are not, one chunk only.
+shapes = st.one_of(
+    st.tuples(st.integers(1, 70), st.integers(1, 20).map(lambda n: 16 * n)),
+    st.tuples(st.integers(1, 3), st.integers(1, 40), st.integers(1, 8).map(lambda n: 16 * n)),
+)
+#: On a GPU there is time for more: rows as wide as models have, more tiles than processors.
+LARGE = ((37, 1040), (5003, 768), (2600, 4096))
+
+
+def check_against_float64(
+    shape: tuple[int, ...], rank: int, dtype: torch.dtype, alpha: float, gate: float, activation: str, config: int
+) -> None:
+    x, upstream = values(shape, dtype, 0), values(shape, dtype, 1)
+    arguments = (x, *layer_weights(shape[-1], rank, dtype), alpha, gate, activation, -1, upstream)
+    right = expected(*arguments)
+    found = actual(*arguments, config)
+    for name, got, want in zip(("y", "x", "A", "B"), found, right, strict=False):
+        assert distance(got, want) <= TOLERANCE[dtype], name
+    # A gradient of alpha near 0 is what large terms leave: the rounding is theirs.
+    terms = upstream.double().norm() * ((right[0] - x.double()).norm() / (abs(alpha) or 1.0) + 1)
+    assert abs(float(found[4]) - float(right[4])) <= TOLERANCE[dtype] * float(terms)
+
+
+@settings(max_examples=25)
+@given(
+    shapes,
+    st.sampled_from(kernels.RANKS),
+    st.sampled_from([torch.bfloat16, torch.float16]),
+    alphas,
+    gates,
+    st.sampled_from(ACTIVATIONS),
+    configs,
+)
+def test_values_and_gradients_are_those_of_float64(
+    shape: tuple[int, ...],
+    rank: int,
+    dtype: torch.dtype,
+    alpha: float,
+    gate: float,
+    activation: str,
+    config: int,
+) -> None:
+    check_against_float64(shape, rank, dtype, alpha, gate, activation, config)
+
+
+@pytest.mark.parametrize(("config", "shape"), [(6, (70, 1600)), (7, (70, 1040)), (4, (70, 1040)), (5, (40, 560))])
+@pytest.mark.parametrize("rank", [8, 16])
+def test_more_chunks_than_are_on_their_way_at_once(config: int, shape: tuple[int, ...], rank: int) -> None:
+    """Several tiles for a program, too, where it can take them."""
+    check_against_float64(shape, rank, torch.bfloat16, 0.5, 0.75, "silu", config)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", range(len(CONFIGS), CONFIG_COUNT))
+@pytest.mark.parametrize("shape", LARGE)
+@pytest.mark.parametrize("rank", kernels.RANKS)
+def test_values_and_gradients_of_large_inputs(config: int, shape: tuple[int, ...], rank: int) -> None:
+    tiles = kernels.CONFIGS[config - len(CONFIGS)]
+    if shape[-1] == 4096 and tiles.block_m > 16:
+        pytest.skip("rows that do not fit the chip's memory")
+    dtype = torch.float16 if rank == 32 else torch.bfloat16
+    activation = ACTIVATIONS[(config + len(shape) + rank) % 4]
+    check_against_float64(shape, rank, dtype, 0.5, 0.75, activation, config)
+
+
+@pytest.mark.parametrize("config", range(len(CONFIGS), CONFIG_COUNT))
+@pytest.mark.parametrize("rank", kernels.RANKS)
+def test_at_alpha_0_nothing_leaks(config: int, rank: int) -> None:
+    x, upstream = values((100, 64), torch.bfloat16, 0), values((100, 64), torch.bfloat16, 1)
+    down, up = (torch.full_like(weight, float("nan")) for weight in layer_weights(64, rank, torch.bfloat16))
+    y, dx, *others = actual(x, down, up, 0.0, 1.0, "gelu", -1, upstream, config)
+    assert torch.equal(y, x)
+    assert torch.equal(dx, upstream)
+    assert not any(other.any() for other in others)
+
+
+def test_it_gives_the_same_bits_again_and_for_a_view_that_is_not_aligned() -> None:
+    storage = values((100 * 64 + 1,), torch.bfloat16, 0)
+    x, upstream = storage[1:].view(100, 64), values((100, 64), torch.bfloat16, 1)
+    arguments = (*layer_weights(64, 16, torch.bfloat16), 0.5, 0.75, "silu", -1, upstream, CONFIG_COUNT - 2)
+    first = actual(x.clone(), *arguments)
+    for again in (x, x.clone()):
+        assert all(map(torch.equal, actual(again, *arguments), first))
 
 
 def example(

@@ -43,3 +43,9 @@ def distance(actual: Tensor, expected: Tensor) -> float:
         return float("inf")
     scale = float(expected.double().norm())
     return float(difference) / scale if scale else float(difference)
+
+
+def layer_weights(features: int, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A ``[d, r]`` and B ``[r, d]`` of a residual of low rank, lying in memory as two linear layers hold them."""
+    down = (values((rank, features), dtype, 2) / features**0.5).t()
+    return down, (values((features, rank), dtype, 3) / rank**0.5).t()
