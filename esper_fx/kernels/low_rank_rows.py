@@ -9,8 +9,9 @@ out the features of the first product among them and add up.
 
 The backward pass for x is the same with g in the place of x, and B and A in that of A and B.
 
-A and B come through rings of ``depth`` chunks, from the L2 cache: ``rows / block_m`` times each, which is why this pays for
-ranks up to 32. It takes 16-bit values whose features lie side by side, and weights as a linear map's two layers hold them.
+A and B come through rings of ``depth`` chunks, from the L2 cache: ``rows / block_m`` times each. So tiles of more rows are for
+higher ranks, and where rows are so wide that only 16 fit, this does not pay beyond rank 32. The kernel takes 16-bit values
+whose features lie side by side, and weights as a linear map's two layers hold them.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ _OLD_NAME = "async_copy_global_to_shared"
 async_load = async_copy.async_load if hasattr(async_copy, "async_load") else getattr(async_copy, _OLD_NAME)
 
 #: Ranks whose weights can be copied 16 bytes at a time, and are few enough bytes to be read for every tile of rows.
-RANKS = (8, 16, 32)
+RANKS = (8, 16, 32, 64)
 
 
 @dataclass(frozen=True)
@@ -61,12 +62,13 @@ class RowsConfig:
     depth: int
 
 
-#: For rows of up to about 1024 features, of wider ones, and of narrow ones in great numbers.
+#: For rows of up to about 1024 features; of wider ones; of narrow ones in great numbers; and for ranks of 32 and 64.
 CONFIGS = (
     RowsConfig(32, 128, 4, 1, False, 4),
     RowsConfig(32, 64, 4, 1, False, 4),
     RowsConfig(16, 256, 4, 4, True, 5),
     RowsConfig(32, 128, 4, 2, True, 4),
+    RowsConfig(64, 64, 8, 1, True, 4),
 )
 
 
@@ -413,6 +415,7 @@ def build_cases() -> Iterator[BuildCase]:
     for rank in (8, 16):
         yield _build_case(2, 4096, rank, "identity")
     yield _build_case(3, 768, 16, "silu")
+    yield _build_case(4, 768, 64, "gelu")
 
 
 def _build_case(config: int, features: int, rank: int, activation: str) -> BuildCase:

@@ -62,8 +62,10 @@ def test_values_and_gradients_are_those_of_float64(
     check_against_float64(shape, rank, dtype, alpha, gate, activation, config)
 
 
-@pytest.mark.parametrize(("config", "shape"), [(6, (70, 1600)), (7, (70, 1040)), (4, (70, 1040)), (5, (40, 560))])
-@pytest.mark.parametrize("rank", [8, 16])
+@pytest.mark.parametrize(
+    ("config", "shape"), [(4, (40, 1040)), (5, (40, 560)), (6, (40, 1600)), (7, (70, 1040)), (8, (140, 400))]
+)
+@pytest.mark.parametrize("rank", [8, 64])
 def test_more_chunks_than_are_on_their_way_at_once(config: int, shape: tuple[int, ...], rank: int) -> None:
     """Several tiles for a program, too, where it can take them."""
     check_against_float64(shape, rank, torch.bfloat16, 0.5, 0.75, "silu", config)
@@ -75,7 +77,7 @@ def test_more_chunks_than_are_on_their_way_at_once(config: int, shape: tuple[int
 @pytest.mark.parametrize("rank", kernels.RANKS)
 def test_values_and_gradients_of_large_inputs(config: int, shape: tuple[int, ...], rank: int) -> None:
     tiles = kernels.CONFIGS[config - len(CONFIGS)]
-    if shape[-1] == 4096 and tiles.block_m > 16:
+    if shape[-1] == 4096 and (tiles.block_m > 16 or rank > 32):
         pytest.skip("rows that do not fit the chip's memory")
     dtype = torch.float16 if rank == 32 else torch.bfloat16
     activation = ACTIVATIONS[(config + len(shape) + rank) % 4]
@@ -96,7 +98,7 @@ def test_at_alpha_0_nothing_leaks(config: int, rank: int) -> None:
 def test_it_gives_the_same_bits_again_and_for_a_view_that_is_not_aligned() -> None:
     storage = values((100 * 64 + 1,), torch.bfloat16, 0)
     x, upstream = storage[1:].view(100, 64), values((100, 64), torch.bfloat16, 1)
-    arguments = (*layer_weights(64, 16, torch.bfloat16), 0.5, 0.75, "silu", -1, upstream, CONFIG_COUNT - 2)
+    arguments = (*layer_weights(64, 16, torch.bfloat16), 0.5, 0.75, "silu", -1, upstream, len(CONFIGS) + 2)
     first = actual(x.clone(), *arguments)
     for again in (x, x.clone()):
         assert all(map(torch.equal, actual(again, *arguments), first))
@@ -135,8 +137,8 @@ def test_what_it_does_not_take_is_named(arguments: tuple[Tensor, Tensor, Tensor]
 
 
 def test_a_configuration_that_there_is_not_is_named() -> None:
-    with pytest.raises(ValueError, match="config=4: expected 0 to 3"):
-        kernels.check(*example(), -1, 4)
+    with pytest.raises(ValueError, match="config=5: expected 0 to 4"):
+        kernels.check(*example(), -1, 5)
 
 
 @pytest.mark.parametrize("config", range(len(kernels.CONFIGS)))
