@@ -38,6 +38,7 @@ class Change:
         error: Why its kernels cannot be had.
         ready: Whether the next step boundary decides it.
         tried: Whether its kernels have been asked for.
+        complete: Whether nothing is left to get ready once it is live.
         group: The same for changes that belong together.
     """
 
@@ -47,6 +48,7 @@ class Change:
     error: BaseException | None = None
     ready: bool = False
     tried: bool = False
+    complete: bool = False
     group: object = field(default_factory=object)
 
 
@@ -125,9 +127,10 @@ class Changes:
     def apply(self) -> None:
         """Make live what is ready; the calling thread must be between two steps."""
         with self._lock, collecting_later():
-            self._boundary_work = False
+            self._boundary_work = complete = False
             while self._pending and self._pending[0].ready:
                 change = self._pending[0]
+                complete = change.complete
                 together = self._together_with(change)
                 if change.error is None and not self._can_run(self._live_after(change)):
                     for member in together:
@@ -138,7 +141,8 @@ class Changes:
                     self._growth.commit(member)
             live = self._live()
             self.swaps += sum(program.activate(self._all_of(program, live)) for program in list(self.programs))
-            self.kick()
+            if self._pending or not complete:  # waking the engine's thread costs a step as much as the switch does
+                self.kick()
 
     # Copies and checkpoints.
 
@@ -182,8 +186,12 @@ class Changes:
                 change.ready = True
             self.apply()
             return
-        if all(c.ready for c in waiting) and self._can_run(self._live_after(group[0])):
+        live = self._live_after(group[0])
+        if all(c.ready for c in waiting) and self._can_run(live):
             self._stage(group[0])
+            if all(program.is_complete(self._all_of(program, live)) for program in list(self.programs)):
+                group[0].complete = True
+                return
         self.kick()
 
     def withdraw(self, seed: KasminaSeed) -> Change | None:
@@ -191,6 +199,8 @@ class Changes:
         change = next((c for c in self._pending if c.seed is seed), None)
         if change is not None:
             self._pending.remove(change)
+            for program in list(self.programs):
+                program.forget()
         return change
 
     def _stage(self, change: Change) -> None:
@@ -262,6 +272,9 @@ class Changes:
                 missing += program.request(self._all_of(program, live), urgent=True, retry=not change.tried)
             change.tried = True
             error = next((variant.error for variant in missing if variant.error is not None), None)
+            if not missing:
+                for program in programs:
+                    program.prepare(self._all_of(program, live))
         except Exception as problem:
             error = problem
         with self._lock:

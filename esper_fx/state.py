@@ -137,7 +137,8 @@ class KasminaStateLayout(nn.Module):
                 for tensors in self._copies(host):
                     # .data: a backward pass that saved the old alpha is not an error, it goes on with the new one.
                     tensors[field].data[i].fill_(value)
-            if not fields.keys().isdisjoint({"schedule", "stage", "embargo_until"}):
+            rests = self._next_embargo is None and fields.get("stage") not in (None, Stage.EMBARGOED)
+            if "schedule" in fields or "embargo_until" in fields or ("stage" in fields and not rests):
                 self._note(host)
 
     def view(self, field: str, i: int) -> Tensor:

@@ -6,13 +6,16 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from operator import is_
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from esper_fx import _torch, ops
+from esper_fx.cache import KernelKey
 from esper_fx.engine.build import Ambient
 from esper_fx.engine.plan import Assignment, Executable, Layout, Plan, Slot
 from esper_fx.engine.region import Variant
@@ -83,6 +86,31 @@ class Program:
         return sized
 
 
+@dataclass(frozen=True, eq=False)
+class Running:
+    """What a program runs, or will; made beside the training, so that a step boundary only has to put it in its place.
+
+    Attributes:
+        plan: Name of the plan.
+        bodies: For each seed of the program its body, or None.
+        keys: Of its kernels.
+        executable: What a step calls.
+    """
+
+    plan: str
+    bodies: tuple[nn.Module | None, ...]
+    keys: tuple[KernelKey, ...]
+    executable: Executable
+
+    def same(self, plan: str, bodies: Sequence[nn.Module | None]) -> bool:
+        """Whether this is that plan with these bodies."""
+        return plan == self.plan and self.has(bodies)
+
+    def has(self, bodies: Sequence[nn.Module | None]) -> bool:
+        """Whether it is made for these bodies."""
+        return len(bodies) == len(self.bodies) and all(map(is_, bodies, self.bodies))
+
+
 class SizedProgram:
     """A program for fixed sizes, with its plans and what it runs now.
 
@@ -95,7 +123,8 @@ class SizedProgram:
         self.service: Service = service()
         self.growths = program.growths
         self._module = program.module
-        self._active_identity: tuple[Any, ...] = ()
+        self._running: Running | None = None
+        self._next: Running | None = None
         self._slots: list[tuple[KasminaSeed, Slot]] = []
         self.active: Any = self._run_eagerly
         self.plan = "eager"
@@ -139,7 +168,7 @@ class SizedProgram:
         self.layout = None
         self.active = self._run_eagerly
         self.plan = "eager"
-        self._active_identity = ()
+        self._running = self._next = None
         self._pins.replace([])
         logger.debug("compilation failed", exc_info=error)
         _warn_once(
@@ -166,41 +195,64 @@ class SizedProgram:
 
     def _best(self, live: set[KasminaSeed]) -> tuple[Plan, list[Variant]] | None:
         """The best plan whose kernels for these bodies are all in memory. Makes nothing new; fast."""
+        return next(self._ready(live), None)
+
+    def _ready(self, live: set[KasminaSeed]) -> Iterator[tuple[Plan, list[Variant]]]:
+        """The plans whose kernels for these bodies are all in memory, the best first. Makes nothing new; fast."""
         assignment = self._known_assignment(live)
         if self.layout is None or assignment is None:
-            return None
+            return
         for plan in self.layout.plans:
             variants = self.layout.variants(plan, assignment, known=True)
             if variants is not None and all(self._has_kernel(variant) for variant in variants):
-                return plan, variants
-        return None
+                yield plan, variants
 
     def _has_kernel(self, variant: Variant) -> bool:
         if variant.kernel is None:
             variant.kernel = self.service.cache.get(variant.key) if variant.key in self.service.cache else None
         return variant.kernel is not None
 
+    def prepare(self, live: set[KasminaSeed]) -> bool:
+        """Make ready what runs these bodies best, if its kernels are in memory; returns whether they are."""
+        best = self._best(live)
+        if best is None:
+            return self.layout is None
+        plan, variants = best
+        bodies = self._bodies(live)
+        if self._running is not None and self._running.same(plan.name, bodies):
+            self._next = None
+        elif self._next is None or not self._next.same(plan.name, bodies):
+            seeds = [seed if seed in live else None for seed in self.seeds]
+            executable = Executable(plan, [variant.kernel for variant in variants], seeds)
+            self._next = Running(plan.name, bodies, tuple(variant.key for variant in variants), executable)
+        return True
+
     def can_run(self, live: set[KasminaSeed]) -> bool:
         """Whether ``activate`` would succeed."""
-        return self.layout is None or self._best(live) is not None
+        made = self._next
+        return self.layout is None or (made is not None and made.has(self._bodies(live))) or self.prepare(live)
 
     def has_better(self, live: set[KasminaSeed]) -> bool:
         """Whether ``activate`` would switch."""
-        best = self._best(live)
-        return best is not None and self._identity(best[0], live) != self._active_identity
+        return self.prepare(live) and self._next is not None
+
+    def is_complete(self, live: set[KasminaSeed]) -> bool:
+        """Whether the kernels of all plans for these bodies are there, so that there is nothing to ask for."""
+        return self.layout is None or len(list(self._ready(live))) == len(self.layout.plans)
 
     def activate(self, live: set[KasminaSeed]) -> bool:
-        """Switch to the best plan for these bodies; returns whether that is another than before."""
-        best = self._best(live)
-        if best is None or self._identity(best[0], live) == self._active_identity:
+        """Switch to what was made ready for these bodies, or else the best plan; returns whether it runs another now."""
+        if not self.can_run(live) or self._next is None:
             return False
-        plan, variants = best
-        seeds = [seed if seed in live else None for seed in self.seeds]
-        self._pins.replace([variant.key for variant in variants])
-        self.active = Executable(plan, [variant.kernel for variant in variants], seeds)
-        self.plan = plan.name
-        self._active_identity = self._identity(plan, live)
+        self._running, self._next = self._next, None
+        self._pins.replace(self._running.keys)
+        self.active = self._running.executable
+        self.plan = self._running.plan
         return True
+
+    def forget(self) -> None:
+        """What was made ready is not wanted any more."""
+        self._next = None
 
     def restore(self, live: set[KasminaSeed]) -> bool:
         """Run with these bodies from now on, whatever ran before: with the best plan that is ready, or else compile.
@@ -215,8 +267,8 @@ class SizedProgram:
             self._give_up(error)
             return True
 
-    def _identity(self, plan: Plan, live: set[KasminaSeed]) -> tuple[Any, ...]:
-        return plan.name, tuple(id(seed.body) if seed in live else None for seed in self.seeds)
+    def _bodies(self, live: set[KasminaSeed]) -> tuple[nn.Module | None, ...]:
+        return tuple(seed.body if seed in live else None for seed in self.seeds)
 
     def request(self, live: set[KasminaSeed], *, urgent: bool, retry: bool) -> list[Variant]:
         """Ask for the kernels that are missing to run with these bodies. Not for the training thread.
