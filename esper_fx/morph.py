@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from itertools import chain
 from typing import Any
 
 import torch
@@ -69,15 +70,17 @@ def morph(
     """
     if not isinstance(net, nn.Module):
         raise MorphError(f"morph() needs an nn.Module, not a {type(net).__name__}")
-    if isinstance(net, MorphableModel) or any(isinstance(m, KasminaSeed) for m in net.modules()):
+    modules = list(net.modules())
+    if isinstance(net, MorphableModel) or any(isinstance(module, KasminaSeed) for module in modules):
         raise MorphError(f"{type(net).__name__} is morphed already; morph the original instead")
     taken = [name for name in (NAMESPACE, *RESERVED) if hasattr(net, name)]
     if hasattr(net, ATTRIBUTE) and not is_lineage(getattr(net, ATTRIBUTE)):
         taken.append(ATTRIBUTE)
     if taken:
         raise MorphError(f"{type(net).__name__} has attributes of its own called {', '.join(taken)}; rename them first")
-    lazy = [name for name, tensor in net.named_parameters() if nn.parameter.is_lazy(tensor)]
-    if lazy:
+    tensors = chain.from_iterable(module._parameters.values() for module in modules)
+    if any(isinstance(tensor, nn.parameter.UninitializedParameter) for tensor in tensors):
+        lazy = [name for name, tensor in net.named_parameters() if nn.parameter.is_lazy(tensor)]
         raise MorphError(
             f"{type(net).__name__} has parameters without a shape yet ({', '.join(lazy[:3])}): call the model once before "
             "morph()"
@@ -159,8 +162,12 @@ def _assemble(
 
 def _device(net: nn.Module) -> torch.device:
     """Where a network is: where its first tensor with data is, if one has data."""
-    devices = dict.fromkeys(tensor.device for tensor in (*net.parameters(), *net.buffers()))
-    return next((device for device in devices if device.type != "meta"), next(iter(devices), torch.device("cpu")))
+    first: torch.device | None = None
+    for tensor in chain(net.parameters(), net.buffers()):
+        if not tensor.is_meta:
+            return tensor.device
+        first = first or tensor.device
+    return first or torch.device("cpu")
 
 
 def _before_eager_forward(model: nn.Module, args: Any) -> None:

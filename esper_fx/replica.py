@@ -26,7 +26,7 @@ def replica(net: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     graph_modules = []
     for module in net.modules():
         for value in (*vars(module).values(), *module._parameters.values(), *module._buffers.values()):
-            if isinstance(value, Tensor):
+            if type(value) not in _NO_TENSORS and isinstance(value, Tensor):
                 memo[id(value)] = value
         if isinstance(module, torch.jit.ScriptModule):
             memo[id(module)] = module  # a copy would have parameters of its own
@@ -75,6 +75,7 @@ def _attribute(name: str, value: Any, memo: dict[int, Any]) -> Any:
 
 
 _ATOMS = frozenset({type(None), bool, int, float, complex, str, bytes, type})
+_NO_TENSORS = _ATOMS | {dict, OrderedDict, list, tuple, set}
 
 
 @cache

@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx
 
 Operations = tuple[tuple[Any, ...], ...]
-"""One entry a node: kind, target, and arguments as text, in which a node is the position of its operation."""
+"""One entry a node: kind, target, and arguments, as text unless all are nodes; a node is the position of its operation."""
 
 _UNKNOWN = ("value", -1)
 
@@ -36,10 +36,11 @@ def operations(
             continue
         if node.op == "get_attr" and node.target in arrays:
             continue
-        if not node.kwargs and all(type(arg) is fx.Node for arg in node.args):  # mostly so, and much faster
-            args: Any = (tuple([position.get(arg, _UNKNOWN) for arg in node.args]), {})
+        given, named = node.args, node.kwargs
+        if not named and not absent and all(type(arg) is fx.Node for arg in given):  # mostly so, and much faster
+            args: Any = tuple([position.get(arg, _UNKNOWN) for arg in given])
         else:
-            args = fx.map_arg((node.args, node.kwargs), lambda n: position.get(n, _UNKNOWN))
+            args = repr(fx.map_arg((given, named), lambda n: position.get(n, _UNKNOWN)))
         position[node] = None if node.op == "placeholder" and node.target in absent else ("value", len(rows))
-        rows.append((node.op, node.target, repr(args)))
+        rows.append((node.op, node.target, args))
     return tuple(rows)

@@ -30,6 +30,7 @@ class Draft:
         sources: Site name to the inputs of its module, one node per visit, where a body may read them; filled by
             ``find_sources``.
         seeds: Site name to the target of its seed module; filled by ``splice``.
+        checked: The nodes and what they take, as ``check`` last saw the graph and found it sound.
     """
 
     root: nn.Module
@@ -40,6 +41,7 @@ class Draft:
     sites: dict[str, list[fx.Node]] = field(default_factory=dict)
     sources: dict[str, list[fx.Node]] = field(default_factory=dict)
     seeds: dict[str, str] = field(default_factory=dict)
+    checked: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -66,14 +66,16 @@ def trace_report(
     """
     entries: dict[str, TracedModule] = {}
     calls = {scope: _Calls.of(draft) for scope, draft in drafts.items()}
+    scopes: dict[str, str | None] = {}
     for name, module in modules.items():
-        scope = next((scope for scope in (name, *above(name), "") if scope in drafts), None)
+        around = name.rpartition(".")[0]
+        scope = scopes[name] = name if name in drafts else scopes[around] if name and around in scopes else None
         if name in reasons:
             how, why = How.PYTHON, reasons[name]
         elif scope is None:
             how, why = How.UNUSED, "nothing in it has a forward that could be traced"
         else:
-            parent = entries.get(name.rpartition(".")[0]) if name != scope else None
+            parent = entries.get(around) if name != scope else None
             if parent is not None and parent.how in (How.LEAF, How.INSIDE):
                 how, why = How.INSIDE, ""
             else:
