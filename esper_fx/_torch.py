@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib
+import hashlib
+import importlib.util
 import inspect
 import io
 import json
 import logging
+import marshal
 import os
+import sys
 import threading
+import types
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import wait
@@ -243,8 +247,9 @@ def compile_graph(
             raise Uncacheable(str(error)) from error
         serialized = artifact.serialize()  # type: ignore[attr-defined]
         # Inductor leaves the backward's C++ to be built when it is first loaded: build it here, not where it is loaded.
-        kernel = AOTCompiledArtifact.deserialize(serialized)
-        return kernel, _pack(serialized, used(), hidden)
+        with _remembered_code({}) as code:
+            kernel = AOTCompiledArtifact.deserialize(serialized)
+        return kernel, _pack(serialized, used(), hidden, code)
 
 
 def _wait_for_compile_processes() -> None:
@@ -266,7 +271,7 @@ def load_graph(data: bytes) -> Callable[..., Any]:
     from torch._inductor.runtime.cache_dir_utils import cache_dir
     from torch._inductor.standalone_compile import AOTCompiledArtifact
 
-    artifact, files, hidden = _unpack(data)
+    artifact, files, hidden, code = _unpack(data)
     folder = cache_dir()
     for name, content in files.items():
         path = os.path.join(folder, name)
@@ -280,8 +285,64 @@ def load_graph(data: bytes) -> Callable[..., Any]:
         except Exception as error:  # then its first launch compiles it, or says what is wrong
             logger.warning("%s is not compiled ahead of its first launch: %s", launch.kernel, error)
     # The libraries were built where they came from: nothing is compiled here, and the vector instructions are known good.
-    with _no_precompiled_header(), inductor_config.patch({"cpp.vec_isa_ok": True}):
+    with (
+        _no_precompiled_header(),
+        _remembered_code(code),
+        _only_to_run(),
+        inductor_config.patch({"cpp.vec_isa_ok": True}),
+    ):
         return AOTCompiledArtifact.deserialize(artifact)
+
+
+Code = dict[bytes, types.CodeType]
+"""Compiled Python by the hash of its source."""
+
+
+@contextlib.contextmanager
+def _remembered_code(code: Code) -> Iterator[Code]:
+    """Let PyTorch find the Python that it has generated compiled already, and add to ``code`` what is not there."""
+
+    def remembering(source: str, path: str, *args: Any, **kwargs: Any) -> types.CodeType:
+        address = hashlib.sha256(source.encode()).digest()
+        if address not in code:
+            code[address] = compile(source, path, *args, **kwargs)
+        return _relocated(code[address], path)
+
+    with _GRAPH_LOCK, contextlib.ExitStack() as stack:
+        for name in ("torch._inductor.runtime.compile_tasks", "torch._functorch._aot_autograd.subclass_codegen"):
+            if importlib.util.find_spec(name) is not None:
+                stack.enter_context(_replaced(importlib.import_module(name), "compile", remembering))
+        yield code
+
+
+def _relocated(code: types.CodeType, path: str) -> types.CodeType:
+    """The same code in another file, for tracebacks and for whoever asks where a function comes from."""
+    if code.co_filename == path:
+        return code
+    constants = [_relocated(value, path) if isinstance(value, types.CodeType) else value for value in code.co_consts]
+    return code.replace(co_filename=path, co_consts=tuple(constants))
+
+
+def _only_to_run() -> contextlib.AbstractContextManager[None]:
+    """Keep PyTorch from copying all that it loads, for the case that it should be serialised again."""
+    from torch._functorch._aot_autograd.aot_autograd_result import BundledAOTAutogradResult
+
+    return _replaced(BundledAOTAutogradResult, "__deepcopy__", lambda self, memo: None)
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Give an object, for a while and to one thread at a time, an attribute that it has not or only inherits."""
+    with _GRAPH_LOCK:
+        inherited = vars(owner).get(name)
+        setattr(owner, name, value)
+        try:
+            yield
+        finally:
+            if inherited is None:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, inherited)
 
 
 @contextlib.contextmanager
@@ -311,38 +372,35 @@ def _libraries_used() -> Iterator[Callable[[], dict[str, bytes]]]:
             CppPythonBindingsCodeCache.cache = {**outer, **mine}
 
 
-@contextlib.contextmanager
-def _no_precompiled_header() -> Iterator[None]:
+def _no_precompiled_header() -> contextlib.AbstractContextManager[None]:
     """Keep Inductor from precompiling a header before it looks whether the library is there already."""
     from torch._inductor.codecache import CppPythonBindingsCodeCache as Libraries
 
-    with _GRAPH_LOCK:
-        inherited = Libraries.__dict__.get("_get_uncompiled_header")
-        Libraries._get_uncompiled_header = classmethod(lambda cls, device: None)  # type: ignore[assignment,method-assign]
-        try:
-            yield
-        finally:
-            if inherited is None:
-                del Libraries._get_uncompiled_header
-            else:
-                Libraries._get_uncompiled_header = inherited  # type: ignore[method-assign]
+    return _replaced(Libraries, "_get_uncompiled_header", classmethod(lambda cls, device: None))
 
 
-def _pack(artifact: bytes, files: dict[str, bytes], hidden: Sequence[HiddenLaunch]) -> bytes:
+#: What code objects can be sent to: another version of Python reads them otherwise.
+_CODE_VERSION = f"code-{sys.implementation.cache_tag}-{importlib.util.MAGIC_NUMBER.hex()}"
+
+
+def _pack(artifact: bytes, files: dict[str, bytes], hidden: Sequence[HiddenLaunch], code: Code) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         archive.writestr("artifact", artifact)
         archive.writestr("launches", json.dumps([dataclasses.asdict(launch) for launch in hidden]))
+        archive.writestr(_CODE_VERSION, marshal.dumps(code))
         for name, content in files.items():
             archive.writestr(f"library/{name}", content)
     return buffer.getvalue()
 
 
-def _unpack(data: bytes) -> tuple[bytes, dict[str, bytes], list[HiddenLaunch]]:
+def _unpack(data: bytes) -> tuple[bytes, dict[str, bytes], list[HiddenLaunch], Code]:
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         names = [name for name in archive.namelist() if name.startswith("library/")]
         files = {name.removeprefix("library/"): archive.read(name) for name in names}
-        return archive.read("artifact"), files, [HiddenLaunch(**each) for each in json.loads(archive.read("launches"))]
+        code = marshal.loads(archive.read(_CODE_VERSION)) if _CODE_VERSION in archive.namelist() else {}
+        hidden = [HiddenLaunch(**each) for each in json.loads(archive.read("launches"))]
+        return archive.read("artifact"), files, hidden, code
 
 
 def _write_atomic(path: str, content: bytes) -> None:

@@ -9,6 +9,7 @@ import os
 import re
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -136,6 +137,15 @@ def _build(jobs: Sequence[Job], processes: int, folder: str) -> Iterator[Built]:
 
 def _begin(folder: str) -> None:
     os.environ |= {"TRITON_CACHE_DIR": folder, "TRITON_INTERPRET": "0"}
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A process of a pool whose parent was killed would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def compile_job(job: Job) -> Built:

@@ -19,6 +19,7 @@ from esper_fx import ArtifactStore
 from esper_fx.kernels import build_cases
 from esper_fx.kernels.prebuilt import unpack
 from esper_fx.prebuilt import KIND
+from tests.support.processes import eventually, is_running
 
 ROOT = Path(__file__).parents[2]
 TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
@@ -159,3 +160,24 @@ def test_kernels_that_do_not_compile_or_crash_the_compiler_are_told_and_the_othe
     assert problems[1] == problems[4] == "the compiler crashed: LLVM ERROR: out of luck"
     assert problems[2] == "CompilationError: Shape element 0 must be a power of 2"
     assert "out of luck" not in done.stderr
+
+
+def test_processes_that_compile_end_with_the_one_that_was_killed(tmp_path: Path) -> None:
+    script = tmp_path / "build.py"
+    script.write_text(
+        "import multiprocessing, os, time\n"
+        "from concurrent.futures import ProcessPoolExecutor\n"
+        "from esper_fx.kernels.build import _begin\n"
+        "if __name__ == '__main__':\n"
+        "    context = multiprocessing.get_context('spawn')\n"
+        "    with ProcessPoolExecutor(1, context, initializer=_begin, initargs=('.',)) as pool:\n"
+        "        print(pool.submit(os.getpid).result(), flush=True)\n"
+        "        time.sleep(600)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        compiling = int(process.stdout.readline())
+        assert is_running(compiling)
+        process.kill()
+    assert eventually(lambda: not is_running(compiling))
