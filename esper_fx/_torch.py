@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import importlib.util
 import inspect
-import io
-import json
 import logging
-import marshal
 import os
-import sys
 import threading
 import types
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import wait
 from typing import Any
@@ -27,6 +21,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from esper_fx.artifact import Artifact, Code, pack, relocated, unpack, write_atomic
 from esper_fx.kernels.launch import HiddenLaunch, compile_hidden
 
 logger = logging.getLogger(__name__)
@@ -249,7 +244,7 @@ def compile_graph(
         # Inductor leaves the backward's C++ to be built when it is first loaded: build it here, not where it is loaded.
         with _remembered_code({}) as code:
             kernel = AOTCompiledArtifact.deserialize(serialized)
-        return kernel, _pack(serialized, used(), hidden, code)
+        return kernel, pack(Artifact(serialized, used(), list(hidden), code))
 
 
 def _wait_for_compile_processes() -> None:
@@ -271,15 +266,15 @@ def load_graph(data: bytes) -> Callable[..., Any]:
     from torch._inductor.runtime.cache_dir_utils import cache_dir
     from torch._inductor.standalone_compile import AOTCompiledArtifact
 
-    artifact, files, hidden, code = _unpack(data)
+    artifact = unpack(data)
     folder = cache_dir()
-    for name, content in files.items():
+    for name, content in artifact.libraries.items():
         path = os.path.join(folder, name)
         if not os.path.exists(path):
-            _write_atomic(path, content)
-    if hidden:
+            write_atomic(path, content)
+    if artifact.hidden:
         importlib.import_module("esper_fx.ops.low_rank_rows")  # defines the operators that hide them
-    for launch in hidden:
+    for launch in artifact.hidden:
         try:
             compile_hidden(launch)
         except Exception as error:  # then its first launch compiles it, or says what is wrong
@@ -287,15 +282,11 @@ def load_graph(data: bytes) -> Callable[..., Any]:
     # The libraries were built where they came from: nothing is compiled here, and the vector instructions are known good.
     with (
         _no_precompiled_header(),
-        _remembered_code(code),
+        _remembered_code(artifact.code),
         _only_to_run(),
         inductor_config.patch({"cpp.vec_isa_ok": True}),
     ):
-        return AOTCompiledArtifact.deserialize(artifact)
-
-
-Code = dict[bytes, types.CodeType]
-"""Compiled Python by the hash of its source."""
+        return AOTCompiledArtifact.deserialize(artifact.serialized)
 
 
 @contextlib.contextmanager
@@ -306,21 +297,13 @@ def _remembered_code(code: Code) -> Iterator[Code]:
         address = hashlib.sha256(source.encode()).digest()
         if address not in code:
             code[address] = compile(source, path, *args, **kwargs)
-        return _relocated(code[address], path)
+        return relocated(code[address], path)
 
     with _GRAPH_LOCK, contextlib.ExitStack() as stack:
         for name in ("torch._inductor.runtime.compile_tasks", "torch._functorch._aot_autograd.subclass_codegen"):
             if importlib.util.find_spec(name) is not None:
                 stack.enter_context(_replaced(importlib.import_module(name), "compile", remembering))
         yield code
-
-
-def _relocated(code: types.CodeType, path: str) -> types.CodeType:
-    """The same code in another file, for tracebacks and for whoever asks where a function comes from."""
-    if code.co_filename == path:
-        return code
-    constants = [_relocated(value, path) if isinstance(value, types.CodeType) else value for value in code.co_consts]
-    return code.replace(co_filename=path, co_consts=tuple(constants))
 
 
 def _only_to_run() -> contextlib.AbstractContextManager[None]:
@@ -377,38 +360,6 @@ def _no_precompiled_header() -> contextlib.AbstractContextManager[None]:
     from torch._inductor.codecache import CppPythonBindingsCodeCache as Libraries
 
     return _replaced(Libraries, "_get_uncompiled_header", classmethod(lambda cls, device: None))
-
-
-#: What code objects can be sent to: another version of Python reads them otherwise.
-_CODE_VERSION = f"code-{sys.implementation.cache_tag}-{importlib.util.MAGIC_NUMBER.hex()}"
-
-
-def _pack(artifact: bytes, files: dict[str, bytes], hidden: Sequence[HiddenLaunch], code: Code) -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
-        archive.writestr("artifact", artifact)
-        archive.writestr("launches", json.dumps([dataclasses.asdict(launch) for launch in hidden]))
-        archive.writestr(_CODE_VERSION, marshal.dumps(code))
-        for name, content in files.items():
-            archive.writestr(f"library/{name}", content)
-    return buffer.getvalue()
-
-
-def _unpack(data: bytes) -> tuple[bytes, dict[str, bytes], list[HiddenLaunch], Code]:
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        names = [name for name in archive.namelist() if name.startswith("library/")]
-        files = {name.removeprefix("library/"): archive.read(name) for name in names}
-        code = marshal.loads(archive.read(_CODE_VERSION)) if _CODE_VERSION in archive.namelist() else {}
-        hidden = [HiddenLaunch(**each) for each in json.loads(archive.read("launches"))]
-        return archive.read("artifact"), files, hidden, code
-
-
-def _write_atomic(path: str, content: bytes) -> None:
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    temporary = f"{path}.{os.getpid()}.{threading.get_ident()}.tmp"
-    with open(temporary, "wb") as file:
-        file.write(content)
-    os.replace(temporary, path)
 
 
 def warm_inductor() -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from esper_fx import _torch
+from esper_fx.artifact import unpack
 from esper_fx.ops.low_rank import low_rank
 from tests.support.kernels import TOLERANCE, distance, layer_weights, scalar, values
 from tests.support.regions import compiled_region
@@ -28,7 +29,7 @@ def test_a_compiled_region_calls_it_and_finds_it_compiled_when_it_is_loaded(conf
     data = compiled_region(Region(), inputs)
     from esper_fx.kernels.low_rank_rows import rows_kernel
 
-    assert len(_torch._unpack(data)[2]) == 2
+    assert len(unpack(data).hidden) == 2
     rows_kernel.device_caches.clear()
     loaded = _torch.load_graph(data)
     compiled = len(rows_kernel.device_caches[torch.cuda.current_device()][0])

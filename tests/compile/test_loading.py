@@ -1,14 +1,16 @@
-"""A region that calls an operator whose kernel Inductor does not see: what is serialised with it, and what loading does."""
+"""What is serialised with a compiled region, and what loading does with it."""
 
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from esper_fx import _torch
+from esper_fx.artifact import pack, relocated, unpack
 from esper_fx.kernels.launch import HiddenLaunch
 from tests.support.regions import compiled_region
 
@@ -49,15 +51,49 @@ def test_what_it_will_compile_goes_with_it_and_is_compiled_when_it_is_loaded(mon
 
 def test_what_cannot_be_compiled_does_not_keep_a_region_from_loading(caplog: pytest.LogCaptureFixture) -> None:
     inputs = (torch.randn(3),)
-    artifact, files, hidden = _torch._unpack(compiled_region(Plain(), inputs))
-    assert hidden == []
+    artifact = unpack(compiled_region(Plain(), inputs))
+    assert artifact.hidden == []
+    artifact.hidden.append(HiddenLaunch("esper_fx.kernels.nowhere:kernel", [], {}))
     with caplog.at_level("WARNING"):
-        loaded = _torch.load_graph(
-            _torch._pack(artifact, files, [HiddenLaunch("esper_fx.kernels.nowhere:kernel", [], {})])
-        )
+        loaded = _torch.load_graph(pack(artifact))
     assert "esper_fx.kernels.nowhere:kernel is not compiled ahead of its first launch" in caplog.text
     (y,) = loaded(*inputs)
     assert torch.equal(y, inputs[0].relu())
+
+
+def test_python_that_was_compiled_with_it_is_not_compiled_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._functorch._aot_autograd.aot_autograd_result import BundledAOTAutogradResult
+    from torch._inductor.runtime import compile_tasks
+
+    compiled: list[str] = []
+
+    def noting(source: str, path: str, *args: Any, **kwargs: Any) -> Any:
+        compiled.append(path)
+        return compile(source, path, *args, **kwargs)
+
+    inputs = (torch.randn(3, requires_grad=True),)
+    data = compiled_region(Plain(), inputs)
+    monkeypatch.setattr(_torch, "compile", noting, raising=False)
+    (y,) = _torch.load_graph(data)(*inputs)
+    assert compiled == []
+    expected = torch.autograd.grad(inputs[0].relu().sum(), inputs)
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), inputs), expected, rtol=0, atol=0)
+    artifact = unpack(data)
+    artifact.code.clear()  # as from another version of Python
+    (y,) = _torch.load_graph(pack(artifact))(*inputs)
+    assert len(compiled) >= 2, "forward and backward"
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), inputs), expected, rtol=0, atol=0)
+    assert "compile" not in vars(compile_tasks)
+    assert "__deepcopy__" not in vars(BundledAOTAutogradResult)
+
+
+def test_code_that_came_from_elsewhere_says_where_it_is_now() -> None:
+    code = compile("def f():\n    return lambda: 1", "/there/a.py", "exec")
+    moved = relocated(code, "/here/b.py")
+    space: dict[str, Any] = {}
+    exec(moved, space)
+    assert space["f"].__code__.co_filename == space["f"]().__code__.co_filename == "/here/b.py"
+    assert relocated(moved, "/here/b.py") is moved
 
 
 def _computed(x: Tensor, down: Tensor, up: Tensor, alpha: Tensor, *_: object) -> tuple[Tensor, Tensor]:
