@@ -91,9 +91,12 @@ def _swap(report: Report, name: str, rounds: int, seed: int) -> None:
         training.steps_until_live(loop, target, MOST_STEPS)
         loop.step()  # the engine books a step's time when the next one begins
         switches.append(loop.net.stats().longest_step_host_ms * 1e3)
-    spread = quantiles(switches)
-    note = f"the engine's time in the step that goes live; germinate() before it {quantiles(calls).p50 / 1e3:.2f} ms"
-    report.add(Row(f"{name}: activation of a resident kernel", spread.p50, "µs", RESIDENT_US, spread, note))
+    for what, taken, bar, note in (
+        ("activation of a resident kernel", switches, RESIDENT_US, "the engine's time in the step that goes live"),
+        ("germinate() before it", calls, None, "a new body, its parameters, and what the switch puts in place"),
+    ):
+        spread = quantiles(taken)
+        report.add(Row(f"{name}: {what}", spread.p50, "µs", bar, spread, note))
     report.raw[f"{name}, swap"] = {"before_s": before, "event_s": event, "call_us": calls, "switch_us": switches}
 
 

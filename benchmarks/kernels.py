@@ -17,6 +17,7 @@ from benchmarks.harness import quantiles
 from benchmarks.options import Options
 from benchmarks.report import Bar, Report, Row
 from esper_fx import ops
+from esper_fx.kernels.build import end_with_parent
 
 SHAPES = ((8192, 1024), (8192, 4096), (32768, 768))
 RANKS = (8, 16, 64)
@@ -53,7 +54,7 @@ def _compile_ahead(cases: list[tuple[int, int, int]]) -> None:
     """
     jobs = [(*case, config) for case in cases for config in range(_operator("low_rank")[1].CONFIG_COUNT)]
     processes = max(1, (os.cpu_count() or 1) // 2)
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), end_with_parent) as pool:
         list(pool.map(_compile_one, jobs))
 
 

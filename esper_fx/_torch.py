@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import importlib.util
 import inspect
@@ -294,7 +295,8 @@ def _remembered_code(code: Code) -> Iterator[Code]:
     """Let PyTorch find the Python that it has generated compiled already, and add to ``code`` what is not there."""
 
     def remembering(source: str, path: str, *args: Any, **kwargs: Any) -> types.CodeType:
-        address = hashlib.sha256(source.encode()).digest()
+        kwargs.setdefault("dont_inherit", True)  # the future that this file imports from
+        address = hashlib.sha256(repr((source, args, sorted(kwargs.items()))).encode()).digest()
         if address not in code:
             code[address] = compile(source, path, *args, **kwargs)
         return relocated(code[address], path)
@@ -307,10 +309,19 @@ def _remembered_code(code: Code) -> Iterator[Code]:
 
 
 def _only_to_run() -> contextlib.AbstractContextManager[None]:
-    """Keep PyTorch from copying all that it loads, for the case that it should be serialised again."""
+    """Keep PyTorch from copying all that this thread loads, for the case that it should be serialised again."""
     from torch._functorch._aot_autograd.aot_autograd_result import BundledAOTAutogradResult
 
-    return _replaced(BundledAOTAutogradResult, "__deepcopy__", lambda self, memo: None)
+    loading = threading.get_ident()
+
+    def copied(self: Any, memo: dict[int, Any]) -> Any:
+        if threading.get_ident() == loading:
+            return None
+        twin = copy.copy(self)
+        vars(twin).update(copy.deepcopy(vars(self), memo))
+        return twin
+
+    return _replaced(BundledAOTAutogradResult, "__deepcopy__", copied)
 
 
 @contextlib.contextmanager

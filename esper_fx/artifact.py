@@ -20,7 +20,7 @@ from esper_fx.kernels.launch import HiddenLaunch
 _CODE = f"code-{sys.implementation.cache_tag}-{importlib.util.MAGIC_NUMBER.hex()}"
 
 Code = dict[bytes, types.CodeType]
-"""Compiled Python by the SHA-256 of its source."""
+"""Compiled Python by the SHA-256 of its source and of how it was compiled."""
 
 
 @dataclass(frozen=True)

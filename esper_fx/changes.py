@@ -18,7 +18,7 @@ from esper_fx.lifecycle import Stage
 from esper_fx.seed import Germination, KasminaSeed
 
 if TYPE_CHECKING:
-    from esper_fx.engine.program import Program, SizedProgram
+    from esper_fx.engine.program import Program, Running, SizedProgram
     from esper_fx.engine.region import Variant
     from esper_fx.growth import Growth
 
@@ -38,7 +38,6 @@ class Change:
         error: Why its kernels cannot be had.
         ready: Whether the next step boundary decides it.
         tried: Whether its kernels have been asked for.
-        complete: Whether nothing is left to get ready once it is live.
         group: The same for changes that belong together.
     """
 
@@ -48,7 +47,6 @@ class Change:
     error: BaseException | None = None
     ready: bool = False
     tried: bool = False
-    complete: bool = False
     group: object = field(default_factory=object)
 
 
@@ -127,10 +125,9 @@ class Changes:
     def apply(self) -> None:
         """Make live what is ready; the calling thread must be between two steps."""
         with self._lock, collecting_later():
-            self._boundary_work = complete = False
+            self._boundary_work = False
             while self._pending and self._pending[0].ready:
                 change = self._pending[0]
-                complete = change.complete
                 together = self._together_with(change)
                 if change.error is None and not self._can_run(self._live_after(change)):
                     for member in together:
@@ -139,9 +136,10 @@ class Changes:
                 del self._pending[: len(together)]
                 for member in together:
                     self._growth.commit(member)
-            live = self._live()
-            self.swaps += sum(program.activate(self._all_of(program, live)) for program in list(self.programs))
-            if self._pending or not complete:  # waking the engine's thread costs a step as much as the switch does
+            live, programs = self._live(), list(self.programs)
+            self.swaps += sum(program.activate(self._all_of(program, live)) for program in programs)
+            # Waking the engine's thread costs a step as much as the switch does.
+            if self._pending or not all(program.complete for program in programs):
                 self.kick()
 
     # Copies and checkpoints.
@@ -162,6 +160,7 @@ class Changes:
         with self._lock:
             abandoned, self._pending = self._pending, []
             self._boundary_work = self.unfinished = False
+            self._forget()
         for change in abandoned:
             if change.germination is not None:
                 change.germination.settle(GerminationError(f"the body at site {change.seed.name!r} is gone: {why}"))
@@ -189,9 +188,8 @@ class Changes:
         live = self._live_after(group[0])
         if all(c.ready for c in waiting) and self._can_run(live):
             self._stage(group[0])
-            if all(program.is_complete(self._all_of(program, live)) for program in list(self.programs)):
-                group[0].complete = True
-                return
+            if not waiting:
+                self._offer(self._made(list(self.programs), live))
         self.kick()
 
     def withdraw(self, seed: KasminaSeed) -> Change | None:
@@ -199,8 +197,7 @@ class Changes:
         change = next((c for c in self._pending if c.seed is seed), None)
         if change is not None:
             self._pending.remove(change)
-            for program in list(self.programs):
-                program.forget()
+            self._forget()
         return change
 
     def _stage(self, change: Change) -> None:
@@ -272,20 +269,36 @@ class Changes:
                 missing += program.request(self._all_of(program, live), urgent=True, retry=not change.tried)
             change.tried = True
             error = next((variant.error for variant in missing if variant.error is not None), None)
-            if not missing:
-                for program in programs:
-                    program.prepare(self._all_of(program, live))
         except Exception as problem:
             error = problem
+        made = self._made(programs, live) if error is None and not missing else []
         with self._lock:
             if change not in self._pending:
                 return []
+            if change.group is self._pending[0].group:  # the next boundary's
+                self._offer(made)
             if error is not None:
                 change.error = GerminationError(f"{_bodies(self._together_with(change))} no kernel: {error}")
                 change.error.__cause__ = error
             if error is not None or not missing:
                 self._stage(change)
         return [variant.future for variant in missing if variant.future is not None and error is None]
+
+    def _made(self, programs: list[SizedProgram], live: set[KasminaSeed]) -> list[tuple[SizedProgram, Running | None]]:
+        """What each program will run, made now where it can be; the boundary makes what is missing."""
+        try:
+            return [(program, program.make(self._all_of(program, live))) for program in programs]
+        except Exception as error:  # another model, whose seeds sit in the same program, may change meanwhile
+            logger.debug("a switch could not be made ready: %s", error)
+            return []
+
+    @staticmethod
+    def _offer(made: list[tuple[SizedProgram, Running | None]]) -> None:
+        for program, running in made:
+            program.offer(running)
+
+    def _forget(self) -> None:
+        self._offer([(program, None) for program in list(self.programs)])
 
     def _improve(self, program: SizedProgram, live: set[KasminaSeed]) -> list[Future[Any]]:
         """Get all plans for the morphology of now ready; the next boundary switches to a better one."""

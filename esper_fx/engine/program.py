@@ -7,7 +7,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import is_
 from typing import TYPE_CHECKING, Any
 
@@ -95,16 +95,14 @@ class Running:
         bodies: For each seed of the program its body, or None.
         keys: Of its kernels.
         executable: What a step calls.
+        complete: Whether the kernels of all plans for these bodies were there, so that there is nothing left to ask for.
     """
 
     plan: str
     bodies: tuple[nn.Module | None, ...]
     keys: tuple[KernelKey, ...]
     executable: Executable
-
-    def same(self, plan: str, bodies: Sequence[nn.Module | None]) -> bool:
-        """Whether this is that plan with these bodies."""
-        return plan == self.plan and self.has(bodies)
+    complete: bool
 
     def has(self, bodies: Sequence[nn.Module | None]) -> bool:
         """Whether it is made for these bodies."""
@@ -124,7 +122,7 @@ class SizedProgram:
         self.growths = program.growths
         self._module = program.module
         self._running: Running | None = None
-        self._next: Running | None = None
+        self._made: Running | None = None  # set by any thread, so it is read once and then looked at
         self._slots: list[tuple[KasminaSeed, Slot]] = []
         self.active: Any = self._run_eagerly
         self.plan = "eager"
@@ -168,7 +166,7 @@ class SizedProgram:
         self.layout = None
         self.active = self._run_eagerly
         self.plan = "eager"
-        self._running = self._next = None
+        self._running = self._made = None
         self._pins.replace([])
         logger.debug("compilation failed", exc_info=error)
         _warn_once(
@@ -212,47 +210,62 @@ class SizedProgram:
             variant.kernel = self.service.cache.get(variant.key) if variant.key in self.service.cache else None
         return variant.kernel is not None
 
-    def prepare(self, live: set[KasminaSeed]) -> bool:
-        """Make ready what runs these bodies best, if its kernels are in memory; returns whether they are."""
-        best = self._best(live)
-        if best is None:
-            return self.layout is None
-        plan, variants = best
-        bodies = self._bodies(live)
-        if self._running is not None and self._running.same(plan.name, bodies):
-            self._next = None
-        elif self._next is None or not self._next.same(plan.name, bodies):
-            seeds = [seed if seed in live else None for seed in self.seeds]
-            executable = Executable(plan, [variant.kernel for variant in variants], seeds)
-            self._next = Running(plan.name, bodies, tuple(variant.key for variant in variants), executable)
-        return True
+    def make(self, live: set[KasminaSeed]) -> Running | None:
+        """What runs these bodies best, if its kernels are in memory; that of now, if that is it."""
+        bodies = self._bodies(live)  # before anything else reads a body: one that is new then fits no more
+        ready = list(self._ready(live))
+        if not ready:
+            return None
+        plan, variants = ready[0]
+        complete = self.layout is not None and len(ready) == len(self.layout.plans)
+        now = self._running
+        if now is not None and now.plan == plan.name and now.has(bodies):
+            return now if now.complete == complete else replace(now, complete=complete)
+        seeds = [seed if seed in live else None for seed in self.seeds]
+        executable = Executable(plan, [variant.kernel for variant in variants], seeds)
+        return Running(plan.name, bodies, tuple(variant.key for variant in variants), executable, complete)
+
+    def offer(self, made: Running | None) -> None:
+        """Keep what was made for the next boundary, which takes it if its bodies are live then; None: forget it."""
+        self._made = made
 
     def can_run(self, live: set[KasminaSeed]) -> bool:
         """Whether ``activate`` would succeed."""
-        made = self._next
-        return self.layout is None or (made is not None and made.has(self._bodies(live))) or self.prepare(live)
+        made = self._made
+        return (
+            self.layout is None or (made is not None and made.has(self._bodies(live))) or self._best(live) is not None
+        )
 
     def has_better(self, live: set[KasminaSeed]) -> bool:
-        """Whether ``activate`` would switch."""
-        return self.prepare(live) and self._next is not None
-
-    def is_complete(self, live: set[KasminaSeed]) -> bool:
-        """Whether the kernels of all plans for these bodies are there, so that there is nothing to ask for."""
-        return self.layout is None or len(list(self._ready(live))) == len(self.layout.plans)
-
-    def activate(self, live: set[KasminaSeed]) -> bool:
-        """Switch to what was made ready for these bodies, or else the best plan; returns whether it runs another now."""
-        if not self.can_run(live) or self._next is None:
+        """Whether ``activate`` would switch; keeps what to."""
+        made = self.make(live)
+        if made is None or self._runs(made):
             return False
-        self._running, self._next = self._next, None
-        self._pins.replace(self._running.keys)
-        self.active = self._running.executable
-        self.plan = self._running.plan
+        self.offer(made)
         return True
 
-    def forget(self) -> None:
-        """What was made ready is not wanted any more."""
-        self._next = None
+    def activate(self, live: set[KasminaSeed]) -> bool:
+        """Switch to what was made for these bodies, or else is the best; returns whether it runs another now."""
+        made, self._made = self._made, None
+        if made is None or not made.has(self._bodies(live)):
+            made = self.make(live)
+        if made is None:
+            return False
+        switches = not self._runs(made)
+        if switches:
+            self._pins.replace(made.keys)
+            self.active = made.executable
+            self.plan = made.plan
+        self._running = made
+        return switches
+
+    def _runs(self, made: Running) -> bool:
+        return self._running is not None and made.executable is self._running.executable
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is left to get ready for what runs now."""
+        return self.layout is None or (self._running is not None and self._running.complete)
 
     def restore(self, live: set[KasminaSeed]) -> bool:
         """Run with these bodies from now on, whatever ran before: with the best plan that is ready, or else compile.

@@ -137,15 +137,19 @@ def _build(jobs: Sequence[Job], processes: int, folder: str) -> Iterator[Built]:
 
 def _begin(folder: str) -> None:
     os.environ |= {"TRITON_CACHE_DIR": folder, "TRITON_INTERPRET": "0"}
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
 
 
-def _end_with_parent() -> None:
-    """A process of a pool whose parent was killed would wait for work for ever."""
+def end_with_parent() -> None:
+    """Let this process end when its parent does: one of a pool, whose parent was killed, would wait for work for ever."""
     parent = multiprocessing.parent_process()
-    if parent is not None:
+    assert parent is not None
+
+    def wait() -> None:
         parent.join()
         os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def compile_job(job: Job) -> Built:

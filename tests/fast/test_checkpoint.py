@@ -137,6 +137,9 @@ class Stuck:
     def activate(self, live: set[esper_fx.KasminaSeed]) -> bool:
         return False
 
+    def offer(self, made: object) -> None:
+        assert made is None, "nothing was made for it"
+
     def restore(self, live: set[esper_fx.KasminaSeed]) -> bool:
         self.restored.append({seed.name for seed in live})
         return True
