@@ -152,7 +152,7 @@ class KasminaSeed(nn.Module):
                     x, alpha, gate, self.growth.handle, self.index, self.training, *more
                 )
                 return result
-        elif not self.seen and not torch.compiler.is_compiling():
+        elif not self._knows(tuple(x.shape)) and not torch.compiler.is_compiling():
             self.note_value(
                 tuple(x.shape), x.dtype, x.device, tuple(source.shape) if isinstance(source, Tensor) else None
             )
@@ -186,7 +186,7 @@ class KasminaSeed(nn.Module):
         *,
         seen: bool = True,
     ) -> None:
-        """Learn what flows through the site, from the first value seen; later ones do not change it.
+        """Learn what flows through the site, from the first value seen; of later ones, only whether one does not go with it.
 
         Args:
             shape: Shape of the value.
@@ -212,6 +212,13 @@ class KasminaSeed(nn.Module):
             # A body that reads the source returns features where the module that reads it does.
             spec = self._source_spec(source) if dim == natural else None
             self._spec = SiteSpec(self.name, shape, dtype, device, dim, spec)
+        elif not self._spec.has_features_of(shape) and self._spec.odd is None:
+            self._spec = replace(self._spec, odd=shape)
+
+    def _knows(self, shape: tuple[int, ...]) -> bool:
+        """Whether a value of this shape would teach nothing new."""
+        spec = self._spec
+        return self.seen and spec is not None and (spec.odd is not None or spec.has_features_of(shape))
 
     def feature_dim_of(self, shape: tuple[int, ...]) -> int | None:
         """Which dimension holds features as far as that is settled: by the user, or by a value seen; else None.

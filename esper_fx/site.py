@@ -54,6 +54,7 @@ class SiteSpec:
             the last one for tokens ``[B, T, D]`` and vectors ``[N, D]``. `morph` takes ``feature_dim`` to say otherwise.
         source: What the module read to make the value, where the site is the output of a linear map or a convolution
             (:func:`is_linear_kind`); else None.
+        odd: Shape of a later value that has another number of features: no body fits both. None where all have as many.
     """
 
     name: str
@@ -62,6 +63,13 @@ class SiteSpec:
     device: torch.device
     feature_dim: int
     source: SourceSpec | None = None
+    odd: tuple[int, ...] | None = None
+
+    def has_features_of(self, shape: tuple[int, ...]) -> bool:
+        """Whether a value of this shape has as many features; with other dimensions, the last one stays the last."""
+        last = self.feature_dim == self.ndim - 1
+        dim = len(shape) - 1 if last else self.feature_dim
+        return 0 <= dim < len(shape) and shape[dim] == self.features
 
     @property
     def ndim(self) -> int:

@@ -96,7 +96,11 @@ def _named(flow: Flow, modules: Mapping[str, nn.Module], graph: nx.DiGraph, path
         if name in modules and not _is_container(modules[name]) and all(node in path for node in nodes)
     ]
     before, inner = _inner(graph)
-    candidates = [candidate for candidate in candidates if all(node in inner for node in candidate.nodes)]
+    candidates = [
+        candidate
+        for candidate in candidates
+        if all(node in inner for node in candidate.nodes) and _as_many_features(flow, candidate.nodes)
+    ]
     kinds: dict[type[nn.Module], tuple[int, int]] = {}
     for candidate in candidates:
         joins, count = kinds.get(type(modules[candidate.name]), (0, 0))
@@ -110,6 +114,12 @@ def _named(flow: Flow, modules: Mapping[str, nn.Module], graph: nx.DiGraph, path
         return sorted(taken.values(), key=lambda candidate: candidate.nodes)
     _choose([c for c in candidates if _of_a_library(modules[c.name])], kinds, modules, taken, values)
     return _one_a_stretch(flow, graph, sorted(taken.values(), key=lambda candidate: candidate.nodes))
+
+
+def _as_many_features(flow: Flow, nodes: Sequence[int]) -> bool:
+    """Whether the values of a module that is called several times can have one body: the same sizes where features may be."""
+    shapes = [shape for shape in map(flow.shapes.get, nodes) if shape is not None]
+    return len({(len(shape), shape[1:2] if len(shape) > 3 else None, shape[-1:]) for shape in shapes}) <= 1
 
 
 def _choose(

@@ -78,6 +78,8 @@ class Blueprint:
 
     def fits(self, site: SiteSpec) -> str | None:
         """Why this site cannot take the body, or None if it can."""
+        if site.odd is not None:
+            return f"its values have different numbers of features, such as those of shapes {site.shape} and {site.odd}"
         return None if self.fits_function is None else self.fits_function(site)
 
     def build(self, site: SiteSpec, config: Mapping[str, Any], *, seed: int) -> nn.Module:

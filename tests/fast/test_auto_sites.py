@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import esper_fx
-from esper_fx.errors import SiteError
+from esper_fx.errors import BlueprintError, SiteError
 from esper_fx.passes.auto_sites import auto_sites
 from esper_fx.passes.flow import Flow, observe, of_graph
 from esper_fx.passes.pipeline import Draft
@@ -122,6 +122,57 @@ def test_a_module_called_several_times_is_one_site() -> None:
 
     model = esper_fx.morph(Shared(), sites="auto", example_inputs=(torch.randn(2, 8),))
     assert "block" in model.seeds
+
+
+class Heads(nn.Module):
+    """One norm for queries of four heads and keys of two, without a shortcut around it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries, self.keys = nn.Linear(8, 16), nn.Linear(8, 8)
+        self.norm, self.mlps = Norm(), nn.ModuleList([Mlp(), Mlp()])
+        self.out = nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        queries = self.norm(self.queries(x).unflatten(-1, (-1, 4)).transpose(1, 2))
+        keys = self.norm(self.keys(x).unflatten(-1, (-1, 4)).transpose(1, 2)).repeat(1, 2, 1, 1)
+        x = self.out((queries * keys).transpose(1, 2).flatten(2))
+        for mlp in self.mlps:
+            x = mlp(x)
+        return x
+
+
+class Mlp(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(8, 8)
+
+
+class Norm(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x / (1 + x.square().mean(-1, keepdim=True))
+
+
+def test_a_module_whose_values_have_different_numbers_of_features_is_no_site_of_its_own() -> None:
+    net, x = Heads(), torch.randn(2, 3, 8)
+    assert found(net, x) == ["queries", "keys", "out", "mlps.0"]
+    for model in (esper_fx.morph(net, sites="norm", example_inputs=(x,)), esper_fx.morph(net, sites="norm")):
+        model(x)
+        seed = model.seeds["norm"]
+        assert (seed.site.shape, seed.site.odd) == ((2, 4, 3, 4), (2, 2, 3, 4))
+        assert seed.fits() == ()
+        with pytest.raises(
+            BlueprintError, match=r"different numbers of features, such as .*4, 3, 4\) and \(2, 2, 3, 4"
+        ):
+            seed.germinate("affine")
+
+
+def test_values_of_other_lengths_are_no_others() -> None:
+    layer = nn.Linear(8, 8)
+    model = esper_fx.morph(nn.Sequential(layer, nn.Flatten(0, 1), layer, nn.ReLU()), sites="0")
+    for length in (3, 5):
+        model(torch.randn(2, length, 8))
+    assert model.seeds["0"].site.odd is None
+    assert "low_rank" in model.seeds["0"].fits()
 
 
 def test_where_fake_tensors_do_not_do_a_copy_is_called_for_real_and_leaves_no_trace() -> None:
