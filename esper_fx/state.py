@@ -195,9 +195,10 @@ class KasminaStateLayout(nn.Module):
             The seeds whose schedules ended in this call, in order. Their alpha is the target exactly.
         """
         with self._lock:
-            host = self._host()
-            for tensors in self._copies(host):
-                tensors["step"].fill_(now)
+            host, step = self._host(), self._buffers["step"]  # nn.Module's way to it takes longer than all else here
+            host["step"].fill_(now)
+            if step is not None and step is not host["step"]:
+                step.fill_(now)
             if not self._scheduled:
                 return []
             arrived = [advance_alpha(tensors, now) for tensors in self._copies(host)]
@@ -239,7 +240,7 @@ class KasminaStateLayout(nn.Module):
 
     def _copies(self, host: dict[str, Tensor]) -> list[Mapping[str, Tensor]]:
         """The mirror first, then the buffers where they are not the same tensors."""
-        return [host] if host["step"] is self.step else [host, dict(self.named_buffers())]
+        return [host] if host["step"] is self._buffers["step"] else [host, dict(self.named_buffers())]
 
     def _note(self, host: Mapping[str, Tensor]) -> None:
         """Remember whether there is anything to do as time passes, so that most calls need not look."""
