@@ -152,7 +152,7 @@ class KasminaSeed(nn.Module):
                     x, alpha, gate, self.growth.handle, self.index, self.training, *more
                 )
                 return result
-        elif not self._knows(tuple(x.shape)) and not torch.compiler.is_compiling():
+        elif not torch.compiler.is_compiling() and not self._knows(tuple(x.shape)):
             self.note_value(
                 tuple(x.shape), x.dtype, x.device, tuple(source.shape) if isinstance(source, Tensor) else None
             )
