@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.harness import Samples
 
-#: More numbers than any L2 cache holds, in bytes.
+#: More than any L2 cache holds.
 FLUSH_BYTES = 512 << 20
 
 #: For about a millisecond the device waits before each turn, in which the host has launched all of it.

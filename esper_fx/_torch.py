@@ -301,7 +301,7 @@ def _remembered_code(code: Code) -> Iterator[Code]:
             code[address] = compile(source, path, *args, **kwargs)
         return relocated(code[address], path)
 
-    with _GRAPH_LOCK, contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
         for name in ("torch._inductor.runtime.compile_tasks", "torch._functorch._aot_autograd.subclass_codegen"):
             if importlib.util.find_spec(name) is not None:
                 stack.enter_context(_replaced(importlib.import_module(name), "compile", remembering))
@@ -326,17 +326,17 @@ def _only_to_run() -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Give an object, for a while and to one thread at a time, an attribute that it has not or only inherits."""
+    """Give an object, for a while and to one thread at a time, another attribute."""
     with _GRAPH_LOCK:
-        inherited = vars(owner).get(name)
+        own = vars(owner).get(name)
         setattr(owner, name, value)
         try:
             yield
         finally:
-            if inherited is None:
+            if own is None:
                 delattr(owner, name)
             else:
-                setattr(owner, name, inherited)
+                setattr(owner, name, own)
 
 
 @contextlib.contextmanager

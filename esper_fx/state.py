@@ -137,8 +137,8 @@ class KasminaStateLayout(nn.Module):
                 for tensors in self._copies(host):
                     # .data: a backward pass that saved the old alpha is not an error, it goes on with the new one.
                     tensors[field].data[i].fill_(value)
-            rests = self._next_embargo is None and fields.get("stage") not in (None, Stage.EMBARGOED)
-            if "schedule" in fields or "embargo_until" in fields or ("stage" in fields and not rests):
+            embargoes = self._next_embargo is not None or fields.get("stage") == Stage.EMBARGOED
+            if "schedule" in fields or "embargo_until" in fields or ("stage" in fields and embargoes):
                 self._note(host)
 
     def view(self, field: str, i: int) -> Tensor:

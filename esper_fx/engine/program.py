@@ -16,13 +16,13 @@ from torch import fx, nn
 
 from esper_fx import _torch, ops
 from esper_fx.cache import KernelKey
+from esper_fx.engine.bodies import known_record, record_once
 from esper_fx.engine.build import Ambient
 from esper_fx.engine.plan import Assignment, Executable, Layout, Plan, Slot
 from esper_fx.engine.region import Variant
 from esper_fx.engine.service import Service, service
-from esper_fx.errors import BlueprintError, SiteError
+from esper_fx.errors import SiteError
 from esper_fx.passes.propagate import is_seed
-from esper_fx.passes.record import BodyGraph, body_signature, record
 from esper_fx.settings import settings
 
 if TYPE_CHECKING:
@@ -179,13 +179,13 @@ class SizedProgram:
 
     def _assignment(self, live: set[KasminaSeed]) -> Assignment:
         """For each slot the body of its seed if that is among ``live``; records bodies that are new."""
-        return tuple(_record(seed, slot) if seed in live else None for seed, slot in self._slots)
+        return tuple(record_once(seed, slot) if seed in live else None for seed, slot in self._slots)
 
     def _known_assignment(self, live: set[KasminaSeed]) -> Assignment | None:
         """The same if all bodies have been recorded already. Fast."""
         bodies = []
         for seed, slot in self._slots:
-            body = _known_record(seed, slot) if seed in live else None
+            body = known_record(seed, slot) if seed in live else None
             if body is None and seed in live:
                 return None
             bodies.append(body)
@@ -332,44 +332,6 @@ class _Pins:
 def _unpin(cache: Any, keys: list[Any]) -> None:
     for key in keys:
         cache.unpin(key)
-
-
-_records: dict[tuple[Any, ...], BodyGraph] = {}
-
-
-def _known_record(seed: KasminaSeed, slot: Slot) -> BodyGraph | None:
-    """The graph of a seed's body for a slot if an equal body was recorded before."""
-    body = seed.body
-    given = None if body is None else slot.input_of(body)
-    if body is None or given is None:
-        return None
-    known = seed.recorded.get((given, slot.training))
-    if known is None:
-        signature = body_signature(body)
-        known = _records.get((signature, given, slot.training)) if signature is not None else None
-        if known is not None:
-            seed.recorded[given, slot.training] = known
-    return known
-
-
-def _record(seed: KasminaSeed, slot: Slot) -> BodyGraph:
-    """The graph of a seed's body for a slot, recorded once for all equal bodies."""
-    known = _known_record(seed, slot)
-    if known is None:
-        body = seed.body
-        if body is None:
-            raise RuntimeError(f"the seed at {seed.name!r} has lost its body meanwhile")
-        given = slot.input_of(body)
-        if given is None:
-            raise BlueprintError(
-                f"the body at site {seed.name!r} reads its module's input, which this program does not hand over"
-            )
-        known = record(body, given, training=slot.training)
-        signature = body_signature(body)
-        if signature is not None:
-            _records[signature, given, slot.training] = known
-        seed.recorded[given, slot.training] = known
-    return known
 
 
 def _is_tensor(placeholder: fx.Node) -> bool:
