@@ -391,11 +391,16 @@ def cpp_compiler() -> str:
 
 
 def compile_environment() -> dict[str, str]:
-    """What compiled code depends on besides the graph: versions, CPU features, accelerator, matmul and determinism flags."""
+    """What compiled code depends on besides the graph: versions, CPU features, accelerator, matmul and determinism flags.
+
+    And where PyTorch lies: Inductor finds a C++ library by a compiler command that names the folder. From another one it would
+    be built anew while it is loaded, in the process that trains.
+    """
     device = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
     return {
         "torch": f"{torch.__version__} {torch.version.git_version}",
         "triton": _version_of("triton"),
+        "folder": os.path.dirname(torch.__file__),
         "cpu": str(torch.backends.cpu.get_cpu_capability()),
         "threads": str(torch.get_num_threads()),
         "gpu": "" if device is None else f"{device.name} {device.major}.{device.minor}",

@@ -87,6 +87,12 @@ def test_python_that_was_compiled_with_it_is_not_compiled_again(monkeypatch: pyt
     assert "__deepcopy__" not in vars(BundledAOTAutogradResult)
 
 
+def test_a_kernel_of_a_pytorch_that_lies_elsewhere_is_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = _torch.compile_environment()
+    monkeypatch.setattr(torch, "__file__", "/elsewhere/torch/__init__.py")
+    assert _torch.compile_environment() == {**here, "folder": "/elsewhere/torch"}
+
+
 def test_code_that_came_from_elsewhere_says_where_it_is_now() -> None:
     code = compile("def f():\n    return lambda: 1", "/there/a.py", "exec")
     moved = relocated(code, "/here/b.py")
