@@ -1,4 +1,4 @@
-"""Every private PyTorch API that esper_fx touches, in one place. Run on torch 2.11, 2.13 and 2.14."""
+"""Every private PyTorch API that esper_fx touches, in one place. Run on torch 2.11, 2.13, 2.14 and 2.15."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import importlib.util
 import inspect
 import logging
 import os
+import platform
 import threading
 import types
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import wait
+from functools import cache
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from esper_fx import flags
 from esper_fx.artifact import Artifact, Code, pack, relocated, unpack, write_atomic
 from esper_fx.kernels.launch import HiddenLaunch, compile_hidden
 
@@ -380,6 +383,10 @@ def warm_inductor() -> None:
     import torch._inductor.standalone_compile  # noqa: F401
 
 
+#: What identifies a processor in /proc/cpuinfo, on x86 and on Arm.
+_PROCESSOR_LINES = ("model name", "flags", "CPU implementer", "CPU part", "CPU variant", "Features")
+
+
 def cpp_compiler() -> str:
     """Path or name of the C++ compiler that Inductor uses; raises RuntimeError where there is none."""
     from torch._inductor.cpp_builder import get_cpp_compiler
@@ -391,7 +398,7 @@ def cpp_compiler() -> str:
 
 
 def compile_environment() -> dict[str, str]:
-    """What compiled code depends on besides the graph: versions, CPU features, accelerator, matmul and determinism flags.
+    """What compiled code depends on besides the graph: versions, processor, accelerator and PyTorch's global flags.
 
     And where PyTorch lies: Inductor finds a C++ library by a compiler command that names the folder. From another one it would
     be built anew while it is loaded, in the process that trains.
@@ -401,12 +408,20 @@ def compile_environment() -> dict[str, str]:
         "torch": f"{torch.__version__} {torch.version.git_version}",
         "triton": _version_of("triton"),
         "folder": os.path.dirname(torch.__file__),
-        "cpu": str(torch.backends.cpu.get_cpu_capability()),
-        "threads": str(torch.get_num_threads()),
+        "cpu": f"{torch.backends.cpu.get_cpu_capability()} {_processor()}",
         "gpu": "" if device is None else f"{device.name} {device.major}.{device.minor}",
-        "matmul": torch.get_float32_matmul_precision(),
-        "deterministic": str(torch.are_deterministic_algorithms_enabled()),
+        **flags.current(),
     }
+
+
+@cache
+def _processor() -> str:
+    """A digest of what the system says of the processor: C++ is compiled for exactly this one."""
+    described = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
+        first = file.read().split("\n\n", 1)[0].splitlines()
+        described = "\n".join(line for line in first if line.split("\t")[0].strip() in _PROCESSOR_LINES)
+    return hashlib.sha256(described.encode()).hexdigest()[:16]
 
 
 def inductor_settings() -> dict[str, Any]:

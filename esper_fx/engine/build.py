@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from esper_fx import _torch, ops
+from esper_fx import _torch, flags, ops
 from esper_fx.cache import ArtifactStore
 from esper_fx.engine.annotate import annotate
 from esper_fx.engine.choice import Chooser, has_kernels
@@ -72,17 +72,9 @@ class Ambient:
 
     @contextlib.contextmanager
     def in_this_process(self) -> Iterator[None]:
-        """Like :meth:`on_this_thread`, and set Inductor, the number of threads and the precision of products to these."""
-        threads, wanted = torch.get_num_threads(), int(self.environment["threads"])
-        with self.on_this_thread(), _torch.inductor_patch(self.inductor):
-            torch.set_float32_matmul_precision(self.environment["matmul"])
-            try:
-                if wanted != threads:
-                    torch.set_num_threads(wanted)
-                yield
-            finally:
-                if wanted != threads:
-                    torch.set_num_threads(threads)
+        """Like :meth:`on_this_thread`, and set Inductor and PyTorch's global flags to these."""
+        with self.on_this_thread(), _torch.inductor_patch(self.inductor), flags.applied(self.environment):
+            yield
 
 
 def make_payload(

@@ -174,10 +174,14 @@ def weights_kernel(
             added = added + (sums[t] + g * x.to(tl.float32),)  # type: ignore[assignment] # noqa: RUF005
         sums = added
     place = part.to(tl.int64) * features + c
-    tl.store(dbias_ptr + place, tl.sum(of_bias, 1), mask=valid & (first_row == 0))
+    tl.store(dbias_ptr + place, tl.sum(of_bias, 1), mask=c < tl.where(first_row == 0, features, 0))
     for t in tl.static_range(HELD_ROWS * COLUMNS):
         i = first_row + t // COLUMNS
-        tl.store(dweight_ptr + (place * ROWS + i) * COLUMNS + t % COLUMNS, tl.sum(sums[t], 1), mask=valid & (i < ROWS))
+        tl.store(
+            dweight_ptr + (place * ROWS + i) * COLUMNS + t % COLUMNS,
+            tl.sum(sums[t], 1),
+            mask=c < tl.where(i < ROWS, features, 0),
+        )
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor, alpha: Tensor, config: int) -> Tensor:

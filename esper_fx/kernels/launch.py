@@ -188,7 +188,7 @@ def _prepare(kernel: Any, device: torch.device) -> None:
 
 def exact(dtype: torch.dtype) -> bool:
     """Whether products of this dtype are taken in full precision: float32, unless the user has allowed TF32."""
-    return dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    return dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
 
 
 def padded(size: int, least: int = 16) -> int:

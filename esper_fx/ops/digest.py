@@ -1,4 +1,4 @@
-"""What compiled code depends on besides graphs: the source of our operators and kernels."""
+"""What compiled code depends on besides graphs: the source of what makes it out of them."""
 
 from __future__ import annotations
 
@@ -7,16 +7,25 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-PACKAGES = ("esper_fx.ops", "esper_fx.kernels")
+#: Packages and modules: operators and kernels, and whatever a graph goes through after its key is taken.
+SOURCES = (
+    "esper_fx.ops",
+    "esper_fx.kernels",
+    "esper_fx.passes",
+    "esper_fx.engine.build",
+    "esper_fx.engine.choice",
+    "esper_fx._torch",
+    "esper_fx.artifact",
+)
 
 
 @cache
 def source_digest() -> str:
-    """Sha256 of the sources of all operators and kernels: compiled code that contains one of them depends on it."""
+    """Sha256 of these sources: a kernel that an older esper_fx has compiled is not taken for one of this."""
     digest = hashlib.sha256()
-    for name in PACKAGES:
+    for name in SOURCES:
         spec = find_spec(name)
-        for folder in (spec.submodule_search_locations or ()) if spec is not None else ():
-            for path in sorted(Path(folder).glob("*.py")):
-                digest.update(f"{name}/{path.name}\n".encode() + path.read_bytes())
+        origin = Path(str(spec and spec.origin))
+        for path in sorted(origin.parent.glob("*.py")) if origin.name == "__init__.py" else [origin]:
+            digest.update(f"{name}/{path.name}\n".encode() + path.read_bytes())
     return digest.hexdigest()
