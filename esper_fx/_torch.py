@@ -18,7 +18,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
@@ -385,6 +385,25 @@ def warm_inductor() -> None:
 
 #: What identifies a processor in /proc/cpuinfo, on x86 and on Arm.
 _PROCESSOR_LINES = ("model name", "flags", "CPU implementer", "CPU part", "CPU variant", "Features")
+
+
+def saved_tensors_kept() -> contextlib.AbstractContextManager[Any]:
+    """Keep what is computed meanwhile, on stand-ins for tensors, from hooks on saved tensors, such as checkpointing's."""
+    return torch.autograd.graph.saved_tensors_hooks(_itself, _itself)
+
+
+def _itself(tensor: Any) -> Any:
+    return tensor
+
+
+def is_owned(tensor: Tensor) -> bool:
+    """Whether Dynamo has found a tensor in a module, as its parameter or buffer."""
+    return isinstance(tensor, nn.Parameter) or hasattr(tensor, "_dynamo_static_input_type")
+
+
+def in_backward() -> bool:
+    """Whether the calling thread is in the middle of a backward pass."""
+    return bool(torch._C._current_graph_task_id() != -1)
 
 
 def cpp_compiler() -> str:

@@ -17,8 +17,9 @@ from esper_fx.lifecycle import Stage
 from esper_fx.site import ConvolutionSpec, SiteSpec, SourceSpec, convolution_spec, is_transposed_linear
 
 if TYPE_CHECKING:
+    from esper_fx.engine.bodies import Recorded
     from esper_fx.growth import Growth
-    from esper_fx.passes.record import BodyGraph, TensorMeta
+    from esper_fx.passes.record import TensorMeta
 
 
 class Germination:
@@ -97,7 +98,7 @@ class KasminaSeed(nn.Module):
     error: BaseException | None
     blueprint: str | None
     config: dict[str, Any]
-    recorded: dict[tuple[TensorMeta, bool], BodyGraph]
+    recorded: dict[tuple[TensorMeta, bool], Recorded]
     container: type | None
     seen: bool
     _spec: SiteSpec | None
@@ -348,7 +349,7 @@ class KasminaSeed(nn.Module):
         self.body = body
         self.blueprint = blueprint
         self.config = dict(config)
-        self.recorded = {}
+        self.recorded = {}  # after the body: whoever reads them does so in the other order
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KasminaSeed:
         """Follow the model to another device or dtype: what flows through the site goes there too."""

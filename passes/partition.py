@@ -39,7 +39,8 @@ def analyse(graph: fx.Graph, effects: Effects) -> Flow:
     """Compute liveness and legal cut positions of an annotated graph.
 
     A cut is illegal where a value that is not one tensor would cross it, where a value that crosses it is changed in place
-    later (an upstream region may have saved it for its backward pass), inside a block that switches the grad mode or
+    later (an upstream region may have saved it for its backward pass), between two uses of an input that is changed in place
+    anywhere (a change may be what it needs a gradient for), inside a block that switches the grad mode or
     autocast, and between the last operation that reads a seed's source and that seed: the source would have to cross for
     the sake of a seed that is dormant most of the time.
     """
@@ -50,7 +51,7 @@ def analyse(graph: fx.Graph, effects: Effects) -> Flow:
     for node, storages in effects.mutations.items():
         for storage in storages:
             changed_at[storage] = max(changed_at.get(storage, -1), position.get(node, -1))
-    parted = _between_source_and_seed(nodes, position)
+    parted = _between_source_and_seed(nodes, position) | _around_changed_inputs(graph, position, changed_at)
     live: list[tuple[fx.Node, ...]] = []
     legal: list[bool] = []
     alive: list[fx.Node] = []
@@ -145,6 +146,19 @@ def _between_source_and_seed(nodes: Sequence[fx.Node], position: Mapping[fx.Node
             readers = [position[user] for user in others if position.get(user, len(nodes)) < position[seed]]
             parted.update(range(max(readers, default=position.get(source, -1)) + 1, position[seed] + 1))
     return parted
+
+
+def _around_changed_inputs(graph: fx.Graph, position: Mapping[fx.Node, int], changed: Collection[int]) -> set[int]:
+    """The cut positions that lie between two uses, in whatever view, of an input or constant that is changed in place."""
+    uses: dict[int, list[int]] = {}
+    for node in graph.nodes:
+        for used in node.all_input_nodes if node in position else ():
+            value = used.meta.get("example_value")
+            if isinstance(value, Tensor) and storage_of(value) in changed:
+                uses.setdefault(storage_of(value), []).append(position[node])
+    given = [node.meta.get("example_value") for node in graph.nodes if node.op in ("placeholder", "get_attr")]
+    places = {storage_of(value) for value in given if isinstance(value, Tensor)} & uses.keys()
+    return {cut for place in places for cut in range(min(uses[place]) + 1, max(uses[place]) + 1)}
 
 
 def _context_change(node: fx.Node) -> int:

@@ -82,7 +82,8 @@ def record(module: nn.Module, x: TensorMeta, *, training: bool) -> BodyGraph:
             depends on values), or did not return one tensor.
     """
     name = type(module).__name__
-    tensors = dict(module.named_parameters()) | dict(module.named_buffers())
+    tensors = _tensors(module)
+    metas = tensor_metas(module)
     graph = fx.Graph()
     try:
         with torch.inference_mode(False), torch.enable_grad(), FakeTensorMode() as mode:
@@ -105,12 +106,20 @@ def record(module: nn.Module, x: TensorMeta, *, training: bool) -> BodyGraph:
             f"body {name} uses a custom autograd function, whose backward a recorded graph would lose; write it with "
             "PyTorch functions"
         )
-    metas = tuple(TensorMeta.of(tensor) for tensor in tensors.values())
     output = TensorMeta.of(result)
     text = canonical(graph) + repr([meta.describe() for meta in (x, *metas)])
     other_input = reads_source(module)
     identity = digest(text + " of the source" * other_input)
     return BodyGraph(graph, tuple(tensors), metas, output, identity, other_input)
+
+
+def tensor_metas(module: nn.Module) -> tuple[TensorMeta, ...]:
+    """What the parameters and then the buffers of a module are."""
+    return tuple(TensorMeta.of(tensor) for tensor in _tensors(module).values())
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    return dict(module.named_parameters()) | dict(module.named_buffers())
 
 
 def body_signature(module: nn.Module) -> tuple[Any, ...] | None:

@@ -15,7 +15,7 @@ from esper_fx.engine.strides import differing, restrided
 from esper_fx.ops import reads_source
 from esper_fx.passes import partition
 from esper_fx.passes.canonical import qualified_name
-from esper_fx.passes.propagate import freeze_numbers, is_seed, propagate, seed_operands
+from esper_fx.passes.propagate import freeze_numbers, is_seed, propagate, seed_operands, storage_of
 from esper_fx.passes.record import BodyGraph, TensorMeta
 
 if TYPE_CHECKING:
@@ -71,6 +71,7 @@ class Layout:
         plans: Best steady state first.
         slots: For each seed in the graph, in order, where it sits.
         input_grads: For each input of the program whether it needs a gradient.
+        changed_inputs: Positions of the inputs that the program changes in place.
     """
 
     def __init__(self, module: fx.GraphModule, args: Sequence[Any], ambient: Ambient, *, blocks: bool) -> None:
@@ -84,6 +85,8 @@ class Layout:
             effects = propagate(self.module, inputs)
         freeze_numbers(graph)
         self.input_grads = tuple(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
+        changed = set[int]().union(*effects.mutations.values())
+        self.changed_inputs = tuple(i for i, value in enumerate(inputs) if _storage(value) in changed)
         self.slots = tuple(_slot(node) for node in graph.nodes if is_seed(node))
         flow = partition.analyse(graph, effects)
         self.plans = [self._plan("whole", partition.whole(flow), flow, ambient)] if flow.nodes else []
@@ -168,6 +171,10 @@ class _Constant:
     value: Any
 
 
+def _storage(value: Any) -> int | None:
+    return storage_of(value) if isinstance(value, Tensor) else None
+
+
 def _slot(node: fx.Node) -> Slot:
     value, source = seed_operands(node)
     return Slot(
@@ -223,23 +230,44 @@ class Executable:
     """A plan with its kernels: call it with the program's inputs.
 
     It keeps the bodies it was made for, so that a call that is under way in another thread survives a switch.
+
+    Args:
+        plan: The plan.
+        kernels: For each of its regions the kernel.
+        seeds: For each slot of the program its seed, or None where that is dormant.
+        assignment: For each slot what its body was recorded as.
     """
 
-    def __init__(self, plan: Plan, kernels: Sequence[Any], seeds: Sequence[KasminaSeed | None]) -> None:
+    def __init__(
+        self, plan: Plan, kernels: Sequence[Any], seeds: Sequence[KasminaSeed | None], assignment: Assignment
+    ) -> None:
         self._places = plan.places
         self._outputs = plan.outputs
+        slots = [[slot for slot in region.slots if seeds[slot] is not None] for region in plan.regions]
         self._steps = [
-            (kernel, region, _body_inputs(region, seeds)) for region, kernel in zip(plan.regions, kernels, strict=True)
+            (kernel, region, tuple(_given(seeds[slot], assignment[slot]) for slot in inside))
+            for region, kernel, inside in zip(plan.regions, kernels, slots, strict=True)
         ]
         #: For each region the positions of the outputs that need other strides; known once it has run.
         self._odd: list[tuple[int, ...] | None] = [None] * len(self._steps)
 
+    @property
+    def current(self) -> bool:
+        """Whether the bodies' tensors are still of the kinds that the kernels were compiled for."""
+        return all(given.current(given.inputs()) for _, _, bodies in self._steps for given in bodies)
+
     def __call__(self, args: Sequence[Any]) -> Any:
+        """Run the kernels.
+
+        Raises:
+            StaleError: A body's tensors are of other kinds than the kernels were compiled for. Nothing has been run.
+        """
+        given = [[body.checked() for body in bodies] for _, _, bodies in self._steps]
         environment = [*args, *[None] * (self._places - len(args))]
-        for number, (kernel, region, bodies) in enumerate(self._steps):
+        for number, (kernel, region, _) in enumerate(self._steps):
             values = [environment[place] for place in region.inputs]
-            for body in bodies:
-                values += body()
+            for tensors in given[number]:
+                values += tensors
             results = kernel(*values)
             odd = self._odd[number]
             if odd is None:
@@ -258,5 +286,30 @@ class Executable:
         )
 
 
-def _body_inputs(region: Region, seeds: Sequence[KasminaSeed | None]) -> tuple[Callable[[], list[Tensor]], ...]:
-    return tuple(seed.kernel_inputs() for seed in (seeds[slot] for slot in region.slots) if seed is not None)
+class StaleError(Exception):
+    """Kernels do not fit a body any more."""
+
+
+class _Given:
+    """What a kernel is given for a body: alpha, gate, then the body's tensors, of the kinds that it was compiled for."""
+
+    def __init__(self, inputs: Callable[[], list[Tensor]], metas: Sequence[TensorMeta]) -> None:
+        self.inputs = inputs
+        self._kinds = [(meta.dtype, meta.requires_grad) for meta in metas]
+
+    def current(self, inputs: Sequence[Tensor]) -> bool:
+        """Whether these tensors are of those kinds."""
+        return [(tensor.dtype, tensor.requires_grad) for tensor in inputs[2:]] == self._kinds
+
+    def checked(self) -> list[Tensor]:
+        """The tensors as they are now; raises StaleError if one is of another kind."""
+        inputs = self.inputs()
+        if not self.current(inputs):
+            raise StaleError
+        return inputs
+
+
+def _given(seed: KasminaSeed | None, body: BodyGraph | None) -> _Given:
+    assert seed is not None
+    assert body is not None
+    return _Given(seed.kernel_inputs(), body.tensors)

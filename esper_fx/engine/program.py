@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from operator import is_
 from typing import TYPE_CHECKING, Any
@@ -16,9 +16,10 @@ from torch import fx, nn
 
 from esper_fx import _torch, ops
 from esper_fx.cache import KernelKey
+from esper_fx.engine import aliasing
 from esper_fx.engine.bodies import known_record, record_once
 from esper_fx.engine.build import Ambient
-from esper_fx.engine.plan import Assignment, Executable, Layout, Plan, Slot
+from esper_fx.engine.plan import Assignment, Executable, Layout, Plan, Slot, StaleError
 from esper_fx.engine.region import Variant
 from esper_fx.engine.service import Service, service
 from esper_fx.errors import SiteError
@@ -59,8 +60,9 @@ class Program:
 
     def __call__(self, *args: Any) -> Any:
         started = time.perf_counter()
-        for growth in self.growths:
-            growth.changes.enter(self)
+        if not _torch.in_backward():  # where checkpointing runs a forward pass again: with what it ran with before
+            for growth in self.growths:
+                growth.changes.enter(self)
         sizes = tuple(args[i] for i in self._integers)
         sized = self._sized.get(sizes)
         if sized is None:
@@ -71,7 +73,13 @@ class Program:
         host = time.perf_counter() - started
         for growth in self.growths:
             growth.changes.count_host_time(host)
-        return executable(args)
+        if sized.aliased is not None and sized.aliased(args):
+            _warn_once("a call runs eagerly because an input that it changes in place shares memory with another one")
+            return self.module(*args)
+        try:
+            return executable(args)
+        except StaleError:
+            return sized.renew(args)
 
     def _first_call(self, sizes: tuple[int, ...], args: Sequence[Any]) -> SizedProgram:
         eager = self._nested or len(self._sized) >= MAX_SIZES
@@ -105,8 +113,8 @@ class Running:
     complete: bool
 
     def has(self, bodies: Sequence[nn.Module | None]) -> bool:
-        """Whether it is made for these bodies."""
-        return len(bodies) == len(self.bodies) and all(map(is_, bodies, self.bodies))
+        """Whether it is made for these bodies, as they are now."""
+        return len(bodies) == len(self.bodies) and all(map(is_, bodies, self.bodies)) and self.executable.current
 
 
 class SizedProgram:
@@ -127,11 +135,14 @@ class SizedProgram:
         self.active: Any = self._run_eagerly
         self.plan = "eager"
         self.layout: Layout | None = None
+        #: Whether a call's inputs share memory that it changes; None where it changes none that could be shared.
+        self.aliased: Callable[[Sequence[Any]], bool] | None = None
         self.seeds: list[KasminaSeed] = []
         self._pins = _Pins(self.service)
         if not eager:
             try:
-                self._compile(args)
+                with _torch.saved_tensors_kept():
+                    self._compile(args)
             except SiteError:
                 raise  # what the user must change is told, as in eager mode
             except Exception as error:
@@ -150,6 +161,7 @@ class SizedProgram:
         for seed, slot in self._slots:
             source = slot.source.shape if slot.source is not None else None
             seed.note_value(slot.value.shape, slot.value.dtype, slot.value.device, source)
+        self.aliased = aliasing.check(self.layout.changed_inputs, args)
         if not self.layout.plans:  # nothing is computed: inputs and constants are handed through
             self.layout = None
             return
@@ -161,6 +173,17 @@ class SizedProgram:
         for variant in self.layout.variants(self.layout.plans[0], self._assignment(live)) or ():
             variant.kernel = self.service.obtain(variant.key, variant.compile_here)
         return self.activate(live)
+
+    def renew(self, args: Sequence[Any]) -> Any:
+        """Run with bodies whose tensors are of other kinds now: eagerly, unless or until there are kernels for them."""
+        live = {seed for seed in self.seeds if seed.live}
+        self._running = self._made = None
+        if not self.activate(live):
+            self.active, self.plan = self._run_eagerly, "eager"
+            self._pins.replace([])
+            for growth in self.growths:
+                growth.changes.kick()
+        return self.active(args)
 
     def _give_up(self, error: BaseException) -> None:
         self.layout = None
@@ -193,9 +216,9 @@ class SizedProgram:
 
     def _best(self, live: set[KasminaSeed]) -> tuple[Plan, list[Variant]] | None:
         """The best plan whose kernels for these bodies are all in memory. Makes nothing new; fast."""
-        return next(self._ready(live), None)
+        return next(((plan, variants) for plan, variants, _ in self._ready(live)), None)
 
-    def _ready(self, live: set[KasminaSeed]) -> Iterator[tuple[Plan, list[Variant]]]:
+    def _ready(self, live: set[KasminaSeed]) -> Iterator[tuple[Plan, list[Variant], Assignment]]:
         """The plans whose kernels for these bodies are all in memory, the best first. Makes nothing new; fast."""
         assignment = self._known_assignment(live)
         if self.layout is None or assignment is None:
@@ -203,7 +226,7 @@ class SizedProgram:
         for plan in self.layout.plans:
             variants = self.layout.variants(plan, assignment, known=True)
             if variants is not None and all(self._has_kernel(variant) for variant in variants):
-                yield plan, variants
+                yield plan, variants, assignment
 
     def _has_kernel(self, variant: Variant) -> bool:
         if variant.kernel is None:
@@ -216,13 +239,13 @@ class SizedProgram:
         ready = list(self._ready(live))
         if not ready:
             return None
-        plan, variants = ready[0]
+        plan, variants, assignment = ready[0]
         complete = self.layout is not None and len(ready) == len(self.layout.plans)
         now = self._running
         if now is not None and now.plan == plan.name and now.has(bodies):
             return now if now.complete == complete else replace(now, complete=complete)
         seeds = [seed if seed in live else None for seed in self.seeds]
-        executable = Executable(plan, [variant.kernel for variant in variants], seeds)
+        executable = Executable(plan, [variant.kernel for variant in variants], seeds, assignment)
         return Running(plan.name, bodies, tuple(variant.key for variant in variants), executable, complete)
 
     def offer(self, made: Running | None) -> None:
@@ -275,7 +298,8 @@ class SizedProgram:
         if self.layout is None:
             return False
         try:
-            return self.activate(live) if self._best(live) is not None else self._obtain(live)
+            with _torch.saved_tensors_kept():
+                return self.activate(live) if self._best(live) is not None else self._obtain(live)
         except Exception as error:
             self._give_up(error)
             return True

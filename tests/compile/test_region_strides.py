@@ -63,7 +63,7 @@ def test_an_empty_cache_between_regions() -> None:
     _whole, blocks = program.layout.plans
     variants = program.layout.variants(blocks, (None,) * 8)
     kernels = [program.service.obtain(variant.key, variant.compile_here) for variant in variants]
-    program.active = Executable(blocks, kernels, [None] * 8)
+    program.active = Executable(blocks, kernels, [None] * 8, [None] * 8)
     torch.testing.assert_close(_run(fast, model, x), expected)
     assert any(program.active._odd), "Inductor chose PyTorch's memory format: this test shows nothing"
     assert fast(x)[1].stride() == model(x)[1].stride()

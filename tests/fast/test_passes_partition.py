@@ -180,6 +180,35 @@ def test_a_value_does_not_cross_a_cut_before_it_is_changed_in_place(through: str
     assert not any(legal.values()), legal
 
 
+def test_no_cut_lies_between_two_uses_of_an_input_that_is_changed_in_place() -> None:
+    def build(graph: fx.Graph, x: fx.Node) -> fx.Node:
+        other = graph.placeholder("other")
+        view = graph.call_method("view", (other, -1))
+        first = _chain(graph, x, torch.sin, 2)
+        changed = graph.call_method("add_", (other, first))
+        middle = _chain(graph, first, torch.cos, 3)
+        last = graph.call_function(torch.mul, (middle, view))
+        del changed
+        return _chain(graph, last, torch.tanh, 2)
+
+    module = _graph(build)
+    flow, _ = annotated(module, [torch.ones(4), torch.ones(4)])
+    names = [node.name for node in flow.nodes]
+    forbidden = {names[i] for i, legal in enumerate(flow.legal[:-1]) if not legal}
+    assert forbidden == {"sin", "sin_1", "add_", "cos", "cos_1", "cos_2", "mul"}
+
+
+def test_an_input_that_is_changed_by_one_operation_forbids_no_cut() -> None:
+    def build(graph: fx.Graph, x: fx.Node) -> fx.Node:
+        count = graph.placeholder("count")
+        first = _chain(graph, x, torch.sin, 2)
+        graph.call_method("add_", (count, 1))
+        return _chain(graph, first, torch.cos, 2)
+
+    flow, _ = annotated(_graph(build), [torch.ones(4), torch.zeros(())])
+    assert all(flow.legal)
+
+
 def test_a_tuple_does_not_cross_a_cut() -> None:
     def build(graph: fx.Graph, x: fx.Node) -> fx.Node:
         halves = graph.call_function(torch.chunk, (x, 2))
@@ -321,7 +350,7 @@ def run_plan(layout: Layout, plan: Plan, args: list[Tensor], bodies: dict[int, S
     seeds: list[Any] = [
         StandIn(bodies[s.site], args[3][s.site], args[4][s.site]) if s.site in bodies else None for s in layout.slots
     ]
-    return Executable(plan, [partial(checked, variant) for variant in variants], seeds)(args)
+    return Executable(plan, [partial(checked, variant) for variant in variants], seeds, recorded)(args)
 
 
 def what_is_read(slot: Slot, body: Scale) -> TensorMeta:
