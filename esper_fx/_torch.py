@@ -389,10 +389,18 @@ _PROCESSOR_LINES = ("model name", "flags", "CPU implementer", "CPU part", "CPU v
 
 def saved_tensors_kept() -> contextlib.AbstractContextManager[Any]:
     """Keep what is computed meanwhile, on stand-ins for tensors, from hooks on saved tensors, such as checkpointing's."""
-    return torch.autograd.graph.saved_tensors_hooks(_itself, _itself)
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # type: ignore[attr-defined]
+    return contextlib.nullcontext() if hooks is None else torch.autograd.graph.saved_tensors_hooks(_itself, _itself)
 
 
 def _itself(tensor: Any) -> Any:
+    return tensor
+
+
+def unwrapped(tensor: Tensor) -> Tensor:
+    """The tensor within those that torch.func's transforms wrap around it, which have no memory of their own."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
     return tensor
 
 

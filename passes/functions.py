@@ -21,9 +21,10 @@ def address(function: Any) -> str | None:
         return f"torch.ops.{namespace}.{name}"
     if isinstance(function, HigherOrderOperator):
         return f"torch.ops.higher_order.{function.name()}"
-    own = f"{getattr(function, '__module__', None)}.{getattr(function, '__qualname__', '')}"
-    if _finds(own, function):
-        return own
+    for name in ("__qualname__", "__name__"):  # functions of PyTorch's C++ have the second only
+        own = f"{getattr(function, '__module__', None)}.{getattr(function, name, '')}"
+        if _finds(own, function):
+            return own
     return _well_known().get(id(function))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from esper_fx._torch import SET_GRAD_ENABLED, pytree
-from esper_fx.passes.propagate import Effects, is_seed, seed_operands, storage_of
+from esper_fx.passes.propagate import Effects, is_seed, level_change, seed_operands, storage_of
 
 #: A region smaller than this many operations is merged with a neighbour.
 MIN_OPERATIONS = 6
@@ -40,9 +40,9 @@ def analyse(graph: fx.Graph, effects: Effects) -> Flow:
 
     A cut is illegal where a value that is not one tensor would cross it, where a value that crosses it is changed in place
     later (an upstream region may have saved it for its backward pass), between two uses of an input that is changed in place
-    anywhere (a change may be what it needs a gradient for), inside a block that switches the grad mode or
-    autocast, and between the last operation that reads a seed's source and that seed: the source would have to cross for
-    the sake of a seed that is dormant most of the time.
+    anywhere (a change may be what it needs a gradient for), inside a block that switches the grad mode or autocast or is a
+    transform of torch.func, and between the last operation that reads a seed's source and that seed: the source would have to
+    cross for the sake of a seed that is dormant most of the time.
     """
     nodes = tuple(node for node in graph.nodes if node.op not in ("placeholder", "get_attr", "output"))
     position = {node: i for i, node in enumerate(nodes)}
@@ -165,7 +165,7 @@ def _context_change(node: fx.Node) -> int:
     name = getattr(node.target, "__name__", "")
     if name in ("_enter_autocast", "_enter_inference_mode"):
         return 1
-    return -1 if name in ("_exit_autocast", "_exit_inference_mode") else 0
+    return -1 if name in ("_exit_autocast", "_exit_inference_mode") else level_change(node)
 
 
 def _first_grad_mode(nodes: Sequence[fx.Node]) -> bool:

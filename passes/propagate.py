@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 import esper_fx.ops  # noqa: F401  (defines esper::seed)
-from esper_fx._torch import pytree
+from esper_fx._torch import pytree, unwrapped
 
 SEED = torch.ops.esper.seed
 
@@ -74,11 +74,19 @@ def propagate(module: fx.GraphModule, inputs: Sequence[Any]) -> Effects:
 
 def storage_of(tensor: Tensor) -> int:
     """Identity of the memory a fake tensor stands for; views share it."""
-    return int(tensor.untyped_storage()._cdata)
+    return int(unwrapped(tensor).untyped_storage()._cdata)
 
 
 def _version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
+
+
+def level_change(node: fx.Node) -> int:
+    """1 where a transform of torch.func (vmap, grad, jvp) begins, -1 where it ends, else 0."""
+    name = getattr(node.target, "__name__", "")
+    if name.endswith("_increment_nesting") or name == "_enter_dual_level":
+        return 1
+    return -1 if name.endswith("_decrement_nesting") or name == "_exit_dual_level" else 0
 
 
 def freeze_numbers(graph: fx.Graph) -> bool:
@@ -90,6 +98,7 @@ def freeze_numbers(graph: fx.Graph) -> bool:
         node
         for node in graph.nodes
         if node.op not in ("placeholder", "output")
+        and not level_change(node)
         and isinstance(node.meta.get("example_value"), int | float | torch.Size)
     ]
     placeholders = [

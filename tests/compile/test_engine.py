@@ -197,6 +197,34 @@ def test_two_programs_of_one_step_switch_at_its_boundary() -> None:
     torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
 
 
+class Mapped(nn.Module):
+    """Uses transforms of torch.func."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+        self.second = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mapped = torch.vmap(lambda row: torch.vmap(torch.sin)(row) * row.sum(0), randomness="different")(self.first(x))
+        slope = torch.func.grad(lambda value: (value**3).sum())(x)
+        return self.second(mapped + slope)
+
+
+def test_transforms_inside_a_model() -> None:
+    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    net = Mapped()
+    model = esper_fx.morph(net, sites=["first", "second"], example_inputs=(x,))
+    fast = torch.compile(model, backend="esper")
+    torch.testing.assert_close(fast(x), net(x))
+    assert model.seeds["first"].germinate("low_rank", rank=2).wait(120)
+    fast(x).square().sum().backward()
+    assert model.settle(120)
+    assert model.stats().plans == ("whole",)
+    assert all(p.grad is not None for p in net.parameters())
+    torch.testing.assert_close(fast(x), model(x))
+
+
 def test_a_changed_batch_size_is_compiled_for_that_size() -> None:
     example = models.residual_cnn(channels=(8,), blocks_per_stage=1, size=8, batch=4)
     model = esper_fx.morph(example.model.eval(), sites="blocks.*", example_inputs=example.inputs)
