@@ -387,9 +387,21 @@ def warm_inductor() -> None:
 _PROCESSOR_LINES = ("model name", "flags", "CPU implementer", "CPU part", "CPU variant", "Features")
 
 
+def is_kernel_call(target: Any) -> bool:
+    """Whether a node's target is how Dynamo calls a Triton kernel of the user's own."""
+    return isinstance(target, HigherOrderOperator) and target.name().startswith("triton_kernel_wrapper_")
+
+
+def kernel_side_table() -> Any:
+    """Where Dynamo keeps Triton kernels and those of their arguments that a graph cannot hold, by number."""
+    from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+
+    return kernel_side_table
+
+
 def saved_tensors_kept() -> contextlib.AbstractContextManager[Any]:
     """Keep what is computed meanwhile, on stand-ins for tensors, from hooks on saved tensors, such as checkpointing's."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # type: ignore[attr-defined]
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return contextlib.nullcontext() if hooks is None else torch.autograd.graph.saved_tensors_hooks(_itself, _itself)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 
 from esper_fx.passes.functions import address
+from esper_fx.passes.user_kernels import NUMBERS, kernel_call
 
 
 def canonical(graph: fx.Graph, owner: nn.Module | None = None, skip: Callable[[fx.Node], bool] | None = None) -> str:
@@ -29,7 +30,10 @@ def canonical(graph: fx.Graph, owner: nn.Module | None = None, skip: Callable[[f
     for node in graph.nodes:
         if skip is not None and skip(node):
             continue
-        rows.append([node.op, _target(node, owner), _describe(node.args, index), _describe(node.kwargs, index)])
+        call, kwargs = kernel_call(node), dict(node.kwargs)
+        if call is not None:
+            kwargs |= dict(zip(NUMBERS, (call.describe(), None), strict=True))
+        rows.append([node.op, _target(node, owner), _describe(node.args, index), _describe(kwargs, index)])
         index[node] = len(index)
     return json.dumps(rows, separators=(",", ":"))
 

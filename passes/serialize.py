@@ -14,6 +14,7 @@ from typing import Any
 from torch import fx, nn
 
 from esper_fx.passes.functions import address, resolve
+from esper_fx.passes.user_kernels import NUMBERS, kernel_call, numbers_of
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,14 @@ class _FunctionAt:
     """Stands for a function: pickle does not find all of them by their own names."""
 
     path: str
+
+
+@dataclass(frozen=True)
+class _KernelAt:
+    """Stands for a Triton kernel of the user's own and for what it is called with."""
+
+    path: str
+    constants: dict[str, Any]
 
 
 def _sendable(target: Any) -> Any:
@@ -50,6 +59,9 @@ def dumps(module: fx.GraphModule) -> bytes:
     attributes: dict[str, Any] = {}
     for node in module.graph.nodes:
         args, kwargs = fx.map_arg((node.args, node.kwargs), partial(_place, index))
+        call = kernel_call(node)
+        if call is not None:
+            kwargs = {**kwargs, NUMBERS[0]: _KernelAt(call.path, call.constants)}
         rows.append((node.op, node.name, _sendable(node.target), args, kwargs))
         index[node] = len(index)
         if node.op == "get_attr":
@@ -88,5 +100,7 @@ def loads(data: bytes) -> fx.GraphModule:
             nodes.append(graph.output(restore(args[0])))
         else:
             function = resolve(target.path) if isinstance(target, _FunctionAt) else target
-            nodes.append(graph.create_node(op, function, restore(args), restore(kwargs), name))
+            kernel = kwargs.get(NUMBERS[0])
+            numbers = numbers_of(kernel.path, kernel.constants) if isinstance(kernel, _KernelAt) else {}
+            nodes.append(graph.create_node(op, function, restore(args), {**restore(kwargs), **numbers}, name))
     return fx.GraphModule(root, graph)
