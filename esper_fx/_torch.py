@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from esper_fx import flags
-from esper_fx.artifact import Artifact, Code, pack, relocated, unpack, write_atomic
+from esper_fx.artifact import Artifact, Code, holds, pack, relocated, unpack, write_atomic
 from esper_fx.kernels.launch import HiddenLaunch, compile_hidden
 
 logger = logging.getLogger(__name__)
@@ -274,7 +274,7 @@ def load_graph(data: bytes) -> Callable[..., Any]:
     folder = cache_dir()
     for name, content in artifact.libraries.items():
         path = os.path.join(folder, name)
-        if not os.path.exists(path):
+        if not holds(path, content):  # whatever else lies there would be loaded unverified
             write_atomic(path, content)
     if artifact.hidden:
         importlib.import_module("esper_fx.ops.low_rank_rows")  # defines the operators that hide them

@@ -72,6 +72,15 @@ def relocated(code: types.CodeType, path: str) -> types.CodeType:
     return code.replace(co_filename=path, co_consts=tuple(constants))
 
 
+def holds(path: str, content: bytes) -> bool:
+    """Whether a file is there, can be read, and has this content."""
+    try:
+        with open(path, "rb") as file:
+            return os.fstat(file.fileno()).st_size == len(content) and file.read() == content
+    except OSError:
+        return False
+
+
 def write_atomic(path: str, content: bytes) -> None:
     """Write a file so that whoever reads it meanwhile finds all of it or nothing."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
