@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 import tempfile
 import time
 from pathlib import Path
@@ -25,7 +26,7 @@ def make_private_folders(folder: Path) -> None:
 
 
 def check_folder(root: Path) -> None:
-    """Raises StoreError unless the folder is there, is the user's, and can be written to by nobody else."""
+    """Raises StoreError unless the folder is there, is the user's, and can be written to or replaced by nobody else."""
     if not root.exists():
         raise StoreError(f"artifact store {root} does not exist: create it, or pass create=True")
     if not root.is_dir():
@@ -42,8 +43,27 @@ def check_folder(root: Path) -> None:
                 f"artifact store {root} is writable by others (mode {status.st_mode & 0o777:o}): loading an artifact "
                 f"executes code; run `chmod go-w {root}` if you trust its content, or give another folder"
             )
+        for parent in dict.fromkeys([*root.absolute().parents, *root.resolve().parents]):  # also where links lie
+            _check_parent(parent, root)
     if not os.access(root, os.R_OK | os.W_OK | os.X_OK):
         raise StoreError(f"artifact store {root} is not writable: change its mode, or give another folder")
+
+
+def _check_parent(parent: Path, root: Path) -> None:
+    """Raises StoreError if others could put another folder in the place of what lies in this one, as OpenSSH does."""
+    status = parent.stat()
+    why = f"who can write to it can replace what lies in it, and loading an artifact of {root} executes code"
+    if status.st_uid not in (0, os.geteuid()):
+        raise StoreError(
+            f"{parent}, above the artifact store, belongs to user {status.st_uid}, expected 0 or {os.geteuid()}: {why}; "
+            "give a folder of your own"
+        )
+    if status.st_mode & 0o022 and not status.st_mode & stat.S_ISVTX:
+        raise StoreError(
+            f"{parent}, above the artifact store, is writable by others (mode {status.st_mode & 0o7777:o}), expected no "
+            f"write permission for group and others, or the sticky bit: {why}; run `chmod go-w {parent}` if you trust its "
+            "content, or give another folder"
+        )
 
 
 def read(path: Path) -> bytes | None:

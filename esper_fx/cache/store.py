@@ -29,8 +29,8 @@ class ArtifactStore:
     """A folder of artifacts, addressed by ``KernelKey``, shared safely between processes.
 
     **Loading an artifact executes code.** The store checks that bytes are the ones that were stored, not that whoever
-    stored them meant well. It therefore refuses a folder that anyone else owns or can write to; never point it at one
-    whose content you would not run.
+    stored them meant well. It therefore refuses a folder that anyone else owns or can write to, and one below a folder
+    in which others can put another in its place; never point it at one whose content you would not run.
 
     An entry is a data file, named after its content, and a manifest that names the data. Each appears by one atomic
     rename, data first, so that readers and writers in any number of processes need no lock. Nothing is flushed to the
@@ -42,7 +42,7 @@ class ArtifactStore:
 
     Raises:
         StoreError: The folder is missing (with ``create=False``), not a folder, not writable, owned by somebody else,
-            or writable by others.
+            or writable by others; or so is a folder above it (root's, and sticky ones like ``/tmp``, will do).
     """
 
     def __init__(self, root: Path | None = None, *, create: bool = True) -> None:

@@ -341,6 +341,46 @@ class TestFolder:
         message = f"belongs to user {owner}, expected {owner + 1}: loading an artifact executes code; give a folder of "
         self.check_refused(tmp_path, message + "your own")
 
+    @pytest.mark.parametrize("mode", [0o720, 0o702, 0o777, 0o775])
+    def test_a_folder_below_one_that_others_can_write_to_is_refused(self, tmp_path: Path, mode: int) -> None:
+        shared = tmp_path / "shared"
+        ArtifactStore(shared / "mine" / "kernels")
+        shared.chmod(mode)
+        message = (
+            rf"{shared}, above the artifact store, is writable by others \(mode {mode:o}\), expected no write permission "
+            rf"for group and others, or the sticky bit: .*{shared}/mine/kernels executes code; run `chmod go-w {shared}`"
+        )
+        with pytest.raises(StoreError, match=message):
+            ArtifactStore(shared / "mine" / "kernels")
+        shared.chmod(mode | stat.S_ISVTX)  # as /tmp: what lies in it can be replaced by its owner only
+        ArtifactStore(shared / "mine" / "kernels")
+        shared.chmod(0o755)
+        ArtifactStore(shared / "mine" / "kernels")
+
+    @pytest.mark.parametrize("place", ["of the link", "of its target"])
+    def test_both_ends_of_a_link_are_looked_at(self, tmp_path: Path, place: str) -> None:
+        (tmp_path / "of the link").mkdir(mode=0o700)
+        (tmp_path / "of its target" / "target").mkdir(mode=0o700, parents=True)
+        (tmp_path / "of the link" / "link").symlink_to(tmp_path / "of its target" / "target")
+        store = tmp_path / "of the link" / "link" / "kernels"
+        ArtifactStore(store)
+        (tmp_path / place).chmod(0o777)
+        with pytest.raises(StoreError, match=f"{place}, above the artifact store, is writable by others"):
+            ArtifactStore(store)
+
+    def test_a_folder_below_one_of_another_user_is_refused(self, tmp_path: Path, monkeypatch: Patch) -> None:
+        other, stat_as_it_is = tmp_path / "other", Path.stat
+        ArtifactStore(other / "kernels")
+
+        def stat_of_another(path: Path, **options: Any) -> os.stat_result:
+            status = stat_as_it_is(path, **options)
+            return os.stat_result([*status[:4], 4711, *status[5:]]) if path == other else status
+
+        monkeypatch.setattr(Path, "stat", stat_of_another)
+        message = f"{other}, above the artifact store, belongs to user 4711, expected 0 or {os.geteuid()}: "
+        with pytest.raises(StoreError, match=f"{message}.*; give a folder of your own"):
+            ArtifactStore(other / "kernels")
+
     def test_a_folder_that_cannot_be_written_to_is_refused(self, tmp_path: Path, monkeypatch: Patch) -> None:
         # Root may write anywhere, so that a real mode would not do.
         monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
