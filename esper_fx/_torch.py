@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from esper_fx import flags
 from esper_fx.artifact import Artifact, Code, holds, pack, relocated, unpack, write_atomic
+from esper_fx.cache._background import ForkSafeLock
 from esper_fx.kernels.launch import HiddenLaunch, compile_hidden
 
 logger = logging.getLogger(__name__)
@@ -138,7 +139,7 @@ def triton_op(name: str) -> Callable[[Callable[..., Any]], Any]:
 
 BACKEND_NAME = "esper"
 
-_GRAPH_LOCK = threading.RLock()
+_GRAPH_LOCK = ForkSafeLock()
 
 
 # Modules

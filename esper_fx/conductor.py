@@ -10,7 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, Protocol
 
-from esper_fx.cache._background import yielding
+from esper_fx.cache._background import ForkSafeLock, register_after_fork, yielding
 
 logger = logging.getLogger(__name__)
 
@@ -40,11 +40,13 @@ class Conductor:
 
     def __init__(self, workload: Workload) -> None:
         self._workload = weakref.ref(workload)
-        self._lock = threading.Lock()
+        self._lock = ForkSafeLock()
         self._idle = threading.Event()
         self._idle.set()
         self._kicks = 0
         self._wake: Callable[[], None] | None = None
+        self._runner: Runner | None = None
+        register_after_fork(self)
 
     @property
     def busy(self) -> bool:
@@ -53,6 +55,8 @@ class Conductor:
 
     def wait(self, timeout: float) -> bool:
         """Wait until all is done; returns False after ``timeout`` seconds."""
+        if self.busy and self._wake is None and self._runner is not None:  # in a forked child: nobody is at it
+            self.kick(self._runner)
         return self._idle.wait(timeout)
 
     def kick(self, runner: Runner) -> None:
@@ -61,6 +65,7 @@ class Conductor:
             self._kicks += 1
             self._idle.clear()
             if self._wake is None:
+                self._runner = runner
                 loop, event = runner.loop(), asyncio.Event()
                 self._wake = _waker(loop, event)
                 runner.run(_conduct(weakref.ref(self), self._workload, event, self._wake))
@@ -68,6 +73,13 @@ class Conductor:
                 if workload is not None:
                     weakref.finalize(workload, self._wake)
         self._wake()
+
+    def after_fork_in_child(self) -> None:
+        """Forgets the coroutine, whose thread stayed in the parent; the next kick, or who waits, starts another."""
+        self._wake = None
+        idle, self._idle = self._idle.is_set(), threading.Event()
+        if idle:
+            self._idle.set()
 
     def rest(self, kicks: int) -> None:
         """Nothing is left to do, unless there has been a kick since ``kicks`` were counted."""

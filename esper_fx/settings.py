@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from esper_fx.cache._background import ForkSafeLock
 from esper_fx.errors import SettingsError
 
 _WHOLE = {
@@ -96,7 +96,7 @@ def _parse(name: str, text: str, default: Any) -> Any:
         ) from None
 
 
-_lock = threading.Lock()
+_lock = ForkSafeLock()
 _current: Settings | None = None
 
 

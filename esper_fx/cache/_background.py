@@ -1,4 +1,4 @@
-"""What the cache's background threads share: a pool of daemon threads, and what a forked child must forget."""
+"""What background threads share: a pool of daemon threads, and what a forked child must forget."""
 
 from __future__ import annotations
 
@@ -44,6 +44,27 @@ def _after_fork_in_child() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+class ForkSafeLock:
+    """A reentrant lock that a forked child finds free if a thread held it that stayed in the parent."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        register_after_fork(self)
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._lock.release()
+
+    def after_fork_in_child(self) -> None:
+        """Keeps the lock if it is free or held by the thread that forked, which still has to let go of it."""
+        if self._lock.acquire(blocking=False):
+            self._lock.release()
+        else:
+            self._lock = threading.RLock()
 
 
 class _Yielding:

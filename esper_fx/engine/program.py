@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +15,7 @@ from torch import fx, nn
 
 from esper_fx import _torch, ops
 from esper_fx.cache import KernelKey
+from esper_fx.cache._background import ForkSafeLock
 from esper_fx.engine import aliasing
 from esper_fx.engine.bodies import known_record, record_once
 from esper_fx.engine.build import Ambient
@@ -55,7 +55,7 @@ class Program:
         self._integers = tuple(
             i for i, node in enumerate(n for n in module.graph.nodes if n.op == "placeholder") if not _is_tensor(node)
         )
-        self._lock = threading.Lock()
+        self._lock = ForkSafeLock()
         self._nested = _has_nested_seeds(module)
 
     def __call__(self, *args: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -15,6 +14,7 @@ from torch import fx, nn
 
 from esper_fx import ops
 from esper_fx.cache import ArtifactStore, KernelKey
+from esper_fx.cache._background import ForkSafeLock
 from esper_fx.engine import build
 from esper_fx.engine.annotate import annotate
 from esper_fx.engine.build import Ambient
@@ -110,7 +110,7 @@ class Template:
         self.inputs = tuple(inputs)
         self.ambient = ambient
         self._variants: dict[tuple[Any, ...], Variant] = {}
-        self._lock = threading.Lock()
+        self._lock = ForkSafeLock()
 
     def variant(self, grads: Sequence[bool], bodies: Sequence[BodyGraph | None]) -> Variant:
         """The variant for these; made when first asked for, which takes milliseconds."""
@@ -154,7 +154,7 @@ class Region:
 
 
 _templates: weakref.WeakValueDictionary[str, Template] = weakref.WeakValueDictionary()
-_templates_lock = threading.Lock()
+_templates_lock = ForkSafeLock()
 
 
 def shared_template(graph: fx.Graph, owner: nn.Module, inputs: Sequence[TensorMeta], ambient: Ambient) -> Template:

@@ -14,6 +14,7 @@ from typing import Any
 
 from esper_fx import _torch
 from esper_fx.cache import ArtifactStore, Job, KernelCache, KernelCompiler, KernelKey
+from esper_fx.cache._background import ForkSafeLock, register_after_fork
 from esper_fx.engine import build
 from esper_fx.errors import StoreError
 from esper_fx.settings import Settings, settings
@@ -21,7 +22,7 @@ from esper_fx.settings import Settings, settings
 logger = logging.getLogger(__name__)
 
 
-@dataclass
+@dataclass(eq=False)
 class Service:
     """The kernel cache and its loop, for one set of settings.
 
@@ -41,7 +42,14 @@ class Service:
     foreground_compiles: int = 0
     foreground_loads: int = 0
     _loop: asyncio.AbstractEventLoop | None = None
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _lock: ForkSafeLock = field(default_factory=ForkSafeLock)
+
+    def __post_init__(self) -> None:
+        register_after_fork(self)
+
+    def after_fork_in_child(self) -> None:
+        """Forgets the loop, whose thread stayed in the parent; a new one starts on demand."""
+        self._loop = None
 
     def start_workers(self) -> None:
         """Start the worker processes; they warm up while the first call compiles."""
@@ -114,7 +122,7 @@ def _stop(loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
 
 
 _services: dict[tuple[Any, ...], Service] = {}
-_services_lock = threading.Lock()
+_services_lock = ForkSafeLock()
 
 
 def service() -> Service:
