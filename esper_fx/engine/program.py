@@ -52,6 +52,7 @@ class Program:
         self.growths: list[Growth] = [ops.hosts[handle] for handle in dict.fromkeys(handles)]  # type: ignore[misc]
         self.epochs = dict.fromkeys(handles, -1)
         self._sized: dict[tuple[int, ...], SizedProgram] = {}
+        self._rest: SizedProgram | None = None  # for all sizes that have none of their own, once no more get one
         self._integers = tuple(
             i for i, node in enumerate(n for n in module.graph.nodes if n.op == "placeholder") if not _is_tensor(node)
         )
@@ -64,10 +65,10 @@ class Program:
             for growth in self.growths:
                 growth.changes.enter(self)
         sizes = tuple(args[i] for i in self._integers)
-        sized = self._sized.get(sizes)
+        sized = self._sized.get(sizes, self._rest)
         if sized is None:
             with self._lock:
-                sized = self._sized.get(sizes) or self._first_call(sizes, args)
+                sized = self._sized.get(sizes, self._rest) or self._first_call(sizes, args)
             started = time.perf_counter()  # what a first call takes is no part of a step
         executable = sized.active
         host = time.perf_counter() - started
@@ -82,12 +83,12 @@ class Program:
             return sized.renew(args)
 
     def _first_call(self, sizes: tuple[int, ...], args: Sequence[Any]) -> SizedProgram:
-        eager = self._nested or len(self._sized) >= MAX_SIZES
-        if eager:
+        if self._nested or len(self._sized) >= MAX_SIZES:
             reason = "its seeds sit in a nested graph" if self._nested else f"it was called with over {MAX_SIZES} sizes"
             _warn_once(f"a program runs eagerly because {reason}")
-        sized = SizedProgram(self, args, eager=eager)
-        self._sized[sizes] = sized
+            sized = self._rest = SizedProgram(self, args, eager=True)
+        else:
+            sized = self._sized[sizes] = SizedProgram(self, args, eager=False)
         for growth in self.growths:
             growth.changes.programs.add(sized)
             growth.changes.kick()
