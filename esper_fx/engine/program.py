@@ -14,7 +14,7 @@ import torch
 from torch import fx, nn
 
 from esper_fx import _torch, ops
-from esper_fx.cache import KernelKey
+from esper_fx.cache import KernelCache
 from esper_fx.cache._background import ForkSafeLock
 from esper_fx.engine import aliasing
 from esper_fx.engine.bodies import known_record, record_once
@@ -102,14 +102,14 @@ class Running:
     Attributes:
         plan: Name of the plan.
         bodies: For each seed of the program its body, or None.
-        keys: Of its kernels.
+        variants: What its kernels are of.
         executable: What a step calls.
         complete: Whether the kernels of all plans for these bodies were there, so that there is nothing left to ask for.
     """
 
     plan: str
     bodies: tuple[nn.Module | None, ...]
-    keys: tuple[KernelKey, ...]
+    variants: tuple[Variant, ...]
     executable: Executable
     complete: bool
 
@@ -139,7 +139,10 @@ class SizedProgram:
         #: Whether a call's inputs share memory that it changes; None where it changes none that could be shared.
         self.aliased: Callable[[Sequence[Any]], bool] | None = None
         self.seeds: list[KasminaSeed] = []
-        self._pins = _Pins(self.service)
+        self._pins = _Pins(self.service)  # what runs
+        self._wanted = _Pins(self.service)  # what was asked for, last after so many switches:
+        self._wanted_after = 0
+        self._switches = 0
         if not eager:
             try:
                 with _torch.saved_tensors_kept():
@@ -171,8 +174,10 @@ class SizedProgram:
     def _obtain(self, live: set[KasminaSeed]) -> bool:
         """Get the kernels of the best plan for these bodies, now, and switch to it."""
         assert self.layout is not None
-        for variant in self.layout.variants(self.layout.plans[0], self._assignment(live)) or ():
-            variant.kernel = self.service.obtain(variant.key, variant.compile_here)
+        variants = self.layout.variants(self.layout.plans[0], self._assignment(live)) or []
+        self._pins.replace(variants)
+        for variant in variants:
+            self.service.obtain(variant.key, variant.compile_here)
         return self.activate(live)
 
     def renew(self, args: Sequence[Any]) -> Any:
@@ -192,6 +197,7 @@ class SizedProgram:
         self.plan = "eager"
         self._running = self._made = None
         self._pins.replace([])
+        self._wanted.replace([])
         logger.debug("compilation failed", exc_info=error)
         _warn_once(
             f"a program runs eagerly because it could not be compiled: {type(error).__name__}: {error}. "
@@ -230,9 +236,12 @@ class SizedProgram:
                 yield plan, variants, assignment
 
     def _has_kernel(self, variant: Variant) -> bool:
-        if variant.kernel is None:
-            variant.kernel = self.service.cache.get(variant.key) if variant.key in self.service.cache else None
-        return variant.kernel is not None
+        return self.service.compiler is None or variant.key in self.service.cache
+
+    def _kernel(self, variant: Variant) -> Any:
+        """The kernel if it is in memory. Without worker processes a graph can stand for its kernel: it runs eagerly."""
+        kernel = self.service.cache.get(variant.key)
+        return variant.module if kernel is None and self.service.compiler is None else kernel
 
     def make(self, live: set[KasminaSeed]) -> Running | None:
         """What runs these bodies best, if its kernels are in memory; that of now, if that is it."""
@@ -245,9 +254,12 @@ class SizedProgram:
         now = self._running
         if now is not None and now.plan == plan.name and now.has(bodies):
             return now if now.complete == complete else replace(now, complete=complete)
+        kernels = [self._kernel(variant) for variant in variants]
+        if None in kernels:  # the cache has dropped one meanwhile
+            return None
         seeds = [seed if seed in live else None for seed in self.seeds]
-        executable = Executable(plan, [variant.kernel for variant in variants], seeds, assignment)
-        return Running(plan.name, bodies, tuple(variant.key for variant in variants), executable, complete)
+        executable = Executable(plan, kernels, seeds, assignment)
+        return Running(plan.name, bodies, tuple(variants), executable, complete)
 
     def offer(self, made: Running | None) -> None:
         """Keep what was made for the next boundary, which takes it if its bodies are live then; None: forget it."""
@@ -277,7 +289,8 @@ class SizedProgram:
             return False
         switches = not self._runs(made)
         if switches:
-            self._pins.replace(made.keys)
+            self._pins.replace(made.variants)
+            self._switches += 1
             self.active = made.executable
             self.plan = made.plan
         self._running = made
@@ -323,40 +336,54 @@ class SizedProgram:
         if self.layout is None:
             return []
         assignment = self._assignment(live)
-        missing: list[Variant] = []
-        for plan in reversed(self.layout.plans):  # what is built quickly first
-            wanted = [v for v in self.layout.variants(plan, assignment) or () if not self._has_kernel(v)]
-            if urgent and not wanted:
-                return []
-            missing += wanted
-            if urgent:
-                break
-        if urgent and self._best(live) is not None:
+        plans = self.layout.plans[-1:] if urgent else reversed(self.layout.plans)  # what is built quickly first
+        wanted = [variant for plan in plans for variant in self.layout.variants(plan, assignment) or ()]
+        if urgent and (all(map(self._has_kernel, wanted)) or self._best(live) is not None):
             return []
+        self._want(wanted, also=urgent)
+        missing = [variant for variant in wanted if not self._has_kernel(variant)]
         for variant in missing:
             variant.request(self.service, priority=0 if urgent else 10, retry=retry)
-        return [variant for variant in missing if variant.kernel is None]
+        return [variant for variant in missing if not self._has_kernel(variant)]
+
+    def _want(self, variants: list[Variant], *, also: bool) -> None:
+        """Have the cache keep these kernels until they run, or else the first to come may be gone when the last comes.
+
+        Args:
+            variants: What the kernels are of.
+            also: Besides those that were wanted before, unless it has switched since.
+        """
+        before = self._wanted.variants if also and self._wanted_after == self._switches else []
+        self._wanted_after = self._switches
+        self._wanted.replace([*before, *variants])
 
 
 class _Pins:
-    """The kernels that a program keeps in the cache; given back when it goes."""
+    """Variants whose kernels a program keeps in the cache; given back when it goes.
+
+    Attributes:
+        variants: Those, each once.
+    """
 
     def __init__(self, owner: Service) -> None:
+        self.variants: list[Variant] = []
         self._cache = owner.cache
-        self._keys: list[Any] = []
-        weakref.finalize(self, _unpin, self._cache, self._keys)
+        self._lock = ForkSafeLock()
+        weakref.finalize(self, _unpin, self._cache, self.variants)
 
-    def replace(self, keys: Sequence[Any]) -> None:
-        for key in keys:
-            self._cache.pin(key)
-        old = list(self._keys)
-        self._keys[:] = keys
+    def replace(self, variants: Sequence[Variant]) -> None:
+        """Keep these from now on, and no others."""
+        with self._lock:
+            new, old = list(dict.fromkeys(variants)), list(self.variants)
+            for variant in new:
+                self._cache.pin(variant.key)
+            self.variants[:] = new
         _unpin(self._cache, old)
 
 
-def _unpin(cache: Any, keys: list[Any]) -> None:
-    for key in keys:
-        cache.unpin(key)
+def _unpin(cache: KernelCache, variants: list[Variant]) -> None:
+    for variant in variants:
+        cache.unpin(variant.key)
 
 
 def _is_tensor(placeholder: fx.Node) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from torch import fx, nn
 
 from esper_fx import ops
 from esper_fx.cache import ArtifactStore, KernelKey
-from esper_fx.cache._background import ForkSafeLock
+from esper_fx.cache._background import ForkSafeLock, register_after_fork
 from esper_fx.engine import build
 from esper_fx.engine.annotate import annotate
 from esper_fx.engine.build import Ambient
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
     from esper_fx.engine.service import Service
 
 
+#: A template keeps so many variants that nobody uses, for when they are asked for again.
+MAX_RECENT = 16
+
+
 class Variant:
     """A template specialised to bodies and to which of its inputs need gradients: what is compiled.
 
@@ -34,9 +39,9 @@ class Variant:
         module: The graph, ready to compile or to run eagerly.
         inputs: What the graph's placeholders are.
         output_grads: For each output whether it needs a gradient.
-        kernel: The compiled callable, once there is one.
-        error: Why there is none, once that is known.
-        future: The kernel on its way.
+        error: Why it has no kernel, where that is known.
+        future: Done when the kernel that was asked for is in the cache, or the error is known. It holds no kernel: that
+            is left to the cache, and to what runs it.
     """
 
     def __init__(self, template: Template, grads: Sequence[bool], bodies: Sequence[BodyGraph | None]) -> None:
@@ -61,33 +66,31 @@ class Variant:
             inductor=repr(sorted(self.ambient.inductor.items())),
             source=ops.source_digest(),
         )
-        self.kernel: Any = None
         self.error: BaseException | None = None
-        self.future: Future[Any] | None = None
+        self.future: Future[None] | None = None
+        register_after_fork(self)
 
     def payload(self, store: ArtifactStore | None) -> bytes:
         """The job for a worker, which remembers in ``store`` what it measures."""
         return build.make_payload(self.module, self.inputs, self.ambient, store)
 
     def request(self, service: Service, *, priority: int, retry: bool) -> None:
-        """Ask for the kernel unless that was done before; ``kernel`` or ``error`` is set when it is decided.
-
-        Without worker processes the graph itself is the kernel: it runs eagerly.
-        """
-        if retry and self.error is not None:
-            self.error = self.future = None
-        if self.kernel is not None or self.future is not None:
+        """Ask for the kernel, unless it is on its way or, without ``retry``, has failed before."""
+        if retry:
+            self.error = None
+        if self.error is not None or (self.future is not None and not self.future.done()):
             return
-        if service.compiler is None:
-            self.kernel = self.module
-            return
-        self.future = service.fetch(self.key, partial(self.payload, service.store), priority)
-        self.future.add_done_callback(self._decide)
+        fetched = service.fetch(self.key, partial(self.payload, service.store), priority)
+        self.future = Future()
+        fetched.add_done_callback(partial(self._decide, self.future))
 
-    def _decide(self, future: Future[Any]) -> None:
-        self.error = future.exception()
-        if self.error is None:
-            self.kernel = future.result()
+    def _decide(self, decided: Future[None], fetched: Future[Any]) -> None:
+        self.error = fetched.exception()
+        decided.set_result(None)
+
+    def after_fork_in_child(self) -> None:
+        """Forgets what was on its way to the parent."""
+        self.future = None
 
     def compile_here(self, store: ArtifactStore | None) -> tuple[Any, bytes]:
         """Compile in this process."""
@@ -109,23 +112,36 @@ class Template:
         self.owner = owner
         self.inputs = tuple(inputs)
         self.ambient = ambient
-        self._variants: dict[tuple[Any, ...], Variant] = {}
+        # Who runs a variant, or has asked for its kernel, keeps it alive; so does the list of the last few.
+        self._variants: weakref.WeakValueDictionary[tuple[Any, ...], Variant] = weakref.WeakValueDictionary()
+        self._recent: OrderedDict[Variant, None] = OrderedDict()
         self._lock = ForkSafeLock()
+        self._touching = ForkSafeLock()
 
     def variant(self, grads: Sequence[bool], bodies: Sequence[BodyGraph | None]) -> Variant:
-        """The variant for these; made when first asked for, which takes milliseconds."""
+        """The variant for these; made where it is not known, which takes milliseconds."""
         known = self.known_variant(grads, bodies)
         if known is not None:
             return known
         with self._lock:
             identity = _identity(grads, bodies)
-            if identity not in self._variants:
-                self._variants[identity] = Variant(self, grads, bodies)
-            return self._variants[identity]
+            variant = self._variants.get(identity)
+            if variant is None:
+                variant = self._variants[identity] = Variant(self, grads, bodies)
+            return self._touched(variant)
 
     def known_variant(self, grads: Sequence[bool], bodies: Sequence[BodyGraph | None]) -> Variant | None:
-        """The variant for these if it has been made."""
-        return self._variants.get(_identity(grads, bodies))
+        """The variant for these if it is known: those that are in use are, and the last few that were asked for. Fast."""
+        variant = self._variants.get(_identity(grads, bodies))
+        return None if variant is None else self._touched(variant)
+
+    def _touched(self, variant: Variant) -> Variant:
+        with self._touching:
+            self._recent[variant] = None
+            self._recent.move_to_end(variant)
+            dropped = self._recent.popitem(last=False) if len(self._recent) > MAX_RECENT else None
+        del dropped  # only now, outside the lock
+        return variant
 
 
 def _identity(grads: Sequence[bool], bodies: Sequence[BodyGraph | None]) -> tuple[Any, ...]:
