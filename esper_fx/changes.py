@@ -99,7 +99,8 @@ class Changes:
             self.resume()
         if self._boundary_work:
             self.apply()
-        if self._growth.attachment is None:
+        attachment = self._growth.attachment
+        if attachment is None or attachment.optimizer is None:
             self._growth.tick()
         self._host += time.perf_counter() - started
 

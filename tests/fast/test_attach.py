@@ -283,6 +283,22 @@ def test_an_optimizer_that_is_gone_is_let_go() -> None:
     esper_fx.attach(SGD(model.parameters(), lr=0.1), model)
 
 
+def test_when_its_optimizer_is_gone_the_clock_counts_forward_calls_again() -> None:
+    model = new_model()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    esper_fx.attach(optimizer, model)
+    step(model, optimizer)
+    del optimizer
+    gc.collect()
+    model.seeds["0"].germinate("low_rank")
+    model.seeds["0"].blend(to=0.5, steps=2)
+    for _ in range(3):
+        model(torch.randn(2, 4))
+    assert model.clock == 4
+    assert model.seeds["0"].stage is Stage.ACTIVE
+    assert model.seeds["0"].alpha == 0.5
+
+
 def test_an_optimizer_does_not_keep_its_model_alive() -> None:
     model = new_model()
     other = nn.Linear(1, 1)

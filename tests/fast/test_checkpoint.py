@@ -45,7 +45,8 @@ def test_growth_goes_on_as_if_it_had_never_stopped() -> None:
     run = grown()
     model = new_model(seed=1)
     model.load_state_dict(checkpoint_of(run.model))
-    esper_fx.attach(torch.optim.SGD(model.parameters(), lr=0.0), model)  # so that the clock counts its steps
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    esper_fx.attach(optimizer, model)  # so that the clock counts its steps
     alphas = []
     for each in (run.model, model):
         alphas.append([])

@@ -50,8 +50,10 @@ def checkpoint_of(model: nn.Module) -> dict[str, Any]:
 
 def computed(model: esper_fx.MorphableModel, x: Tensor) -> Tensor:
     """What a model computes in evaluation; its clock does not tick meanwhile."""
-    if model.growth.attachment is None:
-        esper_fx.attach(torch.optim.SGD(model.parameters(), lr=0.0), model)
+    attachment = model.growth.attachment
+    if attachment is None or attachment.optimizer is None:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)  # it has to live for the clock to wait for its steps
+        esper_fx.attach(optimizer, model)
     y: Tensor = model.eval()(x)
     return y
 
