@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from esper_fx.growth import Growth
 
 logger = logging.getLogger(__name__)
+
+#: Seconds between two looks of who waits for a germination: whether it is over, and whether a step boundary is due.
+LOOK_S = 0.01
 
 
 @dataclass(eq=False)
@@ -119,8 +123,8 @@ class Changes:
         self._host += seconds
 
     def apply_between_steps(self) -> None:
-        """Make live what is ready if the calling thread is the one that runs the model."""
-        if self._thread is None or self._thread == threading.get_ident():
+        """Make live what is ready, if anything is and the calling thread is the one that runs the model."""
+        if self._boundary_work and (self._thread is None or self._thread == threading.get_ident()):
             self.apply()
 
     def apply(self) -> None:
@@ -322,12 +326,7 @@ class Changes:
 
     def wait_for(self, germination: Germination, timeout: float | None) -> bool:
         """See :meth:`Germination.wait`."""
-        deadline = None if timeout is None else time.monotonic() + timeout
-        if not germination._ready.wait(timeout):
-            return False
-        self.apply_between_steps()
-        rest = None if deadline is None else max(0.0, deadline - time.monotonic())
-        return germination._done.wait(rest)
+        return self._until(germination.done, timeout)
 
     def settle(self, timeout: float | None) -> bool:
         """Block until no background work is left and the best plan runs; call it between steps."""
@@ -341,6 +340,18 @@ class Changes:
                 self.apply_between_steps()
             elif idle and not self.pending:
                 return True
+
+    def _until(self, over: Callable[[], bool], timeout: float | None) -> bool:
+        """Block until something holds, and make the step boundaries that are due meanwhile; False: it took too long."""
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
+        while True:
+            self.apply_between_steps()
+            if over():
+                return True
+            rest = deadline - time.monotonic()
+            if rest <= 0:
+                return False
+            time.sleep(min(LOOK_S, rest))
 
 
 def _bodies(changes: Sequence[Change]) -> str:

@@ -46,8 +46,9 @@ class Germination:
         return self.seed.growth.changes.wait_for(self, timeout)
 
     def exception(self, timeout: float | None = 0.0) -> BaseException | None:
-        """Why the germination failed, or None if it has not (yet)."""
-        self._done.wait(timeout)
+        """Why the germination failed, or None if it has not (yet). With a ``timeout`` it waits first, as :meth:`wait` does."""
+        if timeout != 0.0:
+            self.wait(timeout)
         return self._error
 
     def __await__(self) -> Generator[Any, None, KasminaSeed]:

@@ -1,0 +1,64 @@
+"""Changes on their way while nobody trains: waiting for them, where kernels come late, fail, or are there one by one.
+
+Stand-ins for compiled programs say when there are kernels. Timeouts are for tests that fail only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+import esper_fx
+from esper_fx.changes import Changes
+from esper_fx.lifecycle import Stage
+from tests.support.processes import eventually
+from tests.support.standin import StandIn, small_model
+
+
+def at_boundary(monkeypatch: pytest.MonkeyPatch, happens: Callable[[], object]) -> None:
+    """Have something happen right after every step boundary."""
+    apply = Changes.apply
+
+    def then(self: Changes) -> None:
+        apply(self)
+        happens()
+
+    monkeypatch.setattr(Changes, "apply", then)
+
+
+def test_wait_goes_on_where_a_program_came_between_the_kernels_and_the_boundary(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = small_model()
+    training = StandIn(model)
+    training.land("0")
+    germination = model.seeds["0"].germinate("low_rank")
+    evaluation = StandIn(model)
+    at_boundary(monkeypatch, lambda: evaluation.land("0"))
+    assert germination.wait(10)
+    assert model.seeds["0"].stage is Stage.INCUBATING
+    assert training.running == evaluation.running == {"0"}
+
+
+def test_wait_goes_on_where_the_kernels_of_an_earlier_change_come_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_model()
+    program = StandIn(model)
+    program.land("0", "1")
+    first, second = (model.seeds[site].germinate("low_rank") for site in ("0", "1"))
+    assert eventually(lambda: model.growth.changes._boundary_work)  # the second one's kernels are there
+    at_boundary(monkeypatch, lambda: program.land("0"))
+    assert second.wait(10)
+    assert first.done()
+    assert program.running == {"0", "1"}
+
+
+def test_exception_waits_for_the_reason_on_the_thread_that_trains() -> None:
+    model = small_model()
+    program = StandIn(model)
+    germination = model.seeds["0"].germinate("low_rank")
+    assert eventually(lambda: program.asked)
+    assert germination.exception() is None
+    program.crash("0", error=RuntimeError("out of memory"))
+    assert isinstance(germination.exception(timeout=10), esper_fx.GerminationError)
+    assert model.seeds["0"].stage is Stage.EMBARGOED
