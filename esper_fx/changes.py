@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import threading
@@ -209,8 +210,6 @@ class Changes:
         for member in self._together_with(change):
             member.ready = True
             member.error = change.error
-            if member.germination is not None:
-                member.germination.mark_ready()
         self._boundary_work = True
 
     def _together_with(self, change: Change) -> list[Change]:
@@ -327,6 +326,14 @@ class Changes:
     def wait_for(self, germination: Germination, timeout: float | None) -> bool:
         """See :meth:`Germination.wait`."""
         return self._until(germination.done, timeout)
+
+    async def wait_without_thread(self, germination: Germination) -> None:
+        """As :meth:`wait_for`, for a coroutine: nothing is left behind where it is cancelled."""
+        while True:
+            self.apply_between_steps()
+            if germination.done():
+                return
+            await asyncio.sleep(LOOK_S)
 
     def settle(self, timeout: float | None) -> bool:
         """Block until no background work is left and the best plan runs; call it between steps."""

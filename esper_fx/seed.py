@@ -31,7 +31,6 @@ class Germination:
     def __init__(self, seed: KasminaSeed) -> None:
         self.seed = seed
         self._done = threading.Event()
-        self._ready = threading.Event()
         self._error: BaseException | None = None
 
     def done(self) -> bool:
@@ -52,11 +51,7 @@ class Germination:
         return self._error
 
     def __await__(self) -> Generator[Any, None, KasminaSeed]:
-        import asyncio
-
-        yield from asyncio.to_thread(self._ready.wait).__await__()
-        self.seed.growth.changes.apply_between_steps()
-        yield from asyncio.to_thread(self._done.wait).__await__()
+        yield from self.seed.growth.changes.wait_without_thread(self).__await__()
         if self._error is not None:
             raise self._error
         return self.seed
@@ -64,12 +59,7 @@ class Germination:
     def settle(self, error: BaseException | None = None) -> None:
         """Mark as done; for the engine."""
         self._error = error
-        self._ready.set()
         self._done.set()
-
-    def mark_ready(self) -> None:
-        """The kernels are there; only the step boundary is missing. For the engine."""
-        self._ready.set()
 
     def __repr__(self) -> str:
         state = "pending" if not self.done() else "live" if self._error is None else f"failed: {self._error}"

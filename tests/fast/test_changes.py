@@ -5,6 +5,8 @@ Stand-ins for compiled programs say when there are kernels. Timeouts are for tes
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -62,3 +64,52 @@ def test_exception_waits_for_the_reason_on_the_thread_that_trains() -> None:
     program.crash("0", error=RuntimeError("out of memory"))
     assert isinstance(germination.exception(timeout=10), esper_fx.GerminationError)
     assert model.seeds["0"].stage is Stage.EMBARGOED
+
+
+def test_await_makes_the_switch_on_the_thread_that_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_model()
+    training = StandIn(model)
+    training.land("0")
+
+    async def grow() -> esper_fx.KasminaSeed:
+        model.growth.changes.begin_eager_forward()
+        germination = model.seeds["0"].germinate("low_rank")
+        evaluation = StandIn(model)
+        at_boundary(monkeypatch, lambda: evaluation.land("0"))
+        seed = await asyncio.wait_for(germination, 10)
+        assert training.running == evaluation.running == {"0"}
+        return seed
+
+    assert asyncio.run(grow()) is model.seeds["0"]
+
+
+def test_await_raises_why_the_germination_failed() -> None:
+    model = small_model()
+    program = StandIn(model)
+
+    async def grow() -> None:
+        germination = model.seeds["0"].germinate("low_rank")
+        while not program.asked:
+            await asyncio.sleep(0)
+        program.crash("0", error=RuntimeError("out of memory"))
+        await asyncio.wait_for(germination, 10)
+
+    with pytest.raises(esper_fx.GerminationError, match="site '0' has no kernel: out of memory"):
+        asyncio.run(grow())
+
+
+def test_who_gives_up_awaiting_can_end_and_the_germination_goes_on() -> None:
+    model = small_model()
+    program = StandIn(model)
+    germination = model.seeds["0"].germinate("low_rank")
+
+    async def give_up() -> None:
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(germination, 0.02)
+
+    loop = threading.Thread(target=lambda: asyncio.run(give_up()), daemon=True)  # its end joins what it has begun
+    loop.start()
+    ended = eventually(lambda: not loop.is_alive())
+    program.land("0")
+    assert germination.wait(10)
+    assert ended
