@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: Seconds between two looks of who waits for a germination: whether it is over, and whether a step boundary is due.
+#: Seconds between two looks of who waits: whether it is over, and whether a step boundary is due.
 LOOK_S = 0.01
 
 
@@ -81,14 +81,14 @@ class Changes:
         self._boundary_work = False
         self._host = 0.0
         self._epoch = 0
-        self._thread: int | None = None
+        self._thread: threading.Thread | None = None
         self._conductor = Conductor(self)
 
     # Step boundaries, on the thread that runs the model.
 
     def enter(self, program: Program) -> None:
         """A program is about to run: a step begins if it has run in this step already."""
-        self._thread = threading.get_ident()
+        self._thread = threading.current_thread()
         handle = self._growth.handle
         if program.epochs[handle] == self._epoch:
             self._epoch += 1
@@ -100,10 +100,7 @@ class Changes:
         self.longest_host = max(self.longest_host, self._host)
         self._host = 0.0
         started = time.perf_counter()
-        if self.unfinished:
-            self.resume()
-        if self._boundary_work:
-            self.apply()
+        self._apply_what_is_due()
         attachment = self._growth.attachment
         if attachment is None or attachment.optimizer is None:
             self._growth.tick()
@@ -111,7 +108,7 @@ class Changes:
 
     def begin_eager_forward(self) -> None:
         """The model is called without a compiled program."""
-        self._thread = threading.get_ident()
+        self._thread = threading.current_thread()
         self.begin_step()
 
     def reset_stats(self) -> None:
@@ -124,8 +121,18 @@ class Changes:
         self._host += seconds
 
     def apply_between_steps(self) -> None:
-        """Make live what is ready, if anything is and the calling thread is the one that runs the model."""
-        if self._boundary_work and (self._thread is None or self._thread == threading.get_ident()):
+        """Make live what is ready, if anything is and the calling thread is the one that runs the model, or none does."""
+        if (self.unfinished or self._boundary_work) and self._may_apply():
+            self._apply_what_is_due()
+
+    def _may_apply(self) -> bool:
+        thread = self._thread
+        return thread is None or thread is threading.current_thread() or thread not in threading.enumerate()
+
+    def _apply_what_is_due(self) -> None:
+        if self.unfinished:
+            self.resume()
+        if self._boundary_work:
             self.apply()
 
     def apply(self) -> None:
@@ -152,14 +159,24 @@ class Changes:
 
     def resume(self) -> None:
         """Take up what was on its way when the model was copied or saved, in the order in which it had begun."""
-        self.unfinished = False
-        begun = {event.site: number for number, event in enumerate(self._growth.ledger)}
-        for seed in sorted(self._growth.by_index, key=lambda seed: begun.get(seed.name, -1)):
-            if seed.stage == Stage.GERMINATING:
-                trained = bool(self._growth.state.read("gate", seed.index))  # it was given weights
-                self.add(Change(seed, Germination(seed), Stage.ACTIVE if trained else Stage.INCUBATING))
-            elif seed.stage == Stage.EMBARGOED and seed.live:
-                self.add(Change(seed, None, Stage.EMBARGOED))
+        with self._lock:
+            self.unfinished = False
+            begun = {event.site: number for number, event in enumerate(self._growth.ledger)}
+            for seed in sorted(self._interrupted(), key=lambda seed: begun.get(seed.name, -1)):
+                if seed.stage == Stage.GERMINATING:
+                    trained = bool(self._growth.state.read("gate", seed.index))  # it was given weights
+                    self.add(Change(seed, Germination(seed), Stage.ACTIVE if trained else Stage.INCUBATING))
+                else:
+                    self.add(Change(seed, None, Stage.EMBARGOED))
+
+    def _interrupted(self) -> list[KasminaSeed]:
+        """Seeds whose body should come or go, and no change in the queue sees to it."""
+        coming = {change.seed for change in self._pending}
+        return [
+            seed
+            for seed in self._growth.by_index
+            if seed not in coming and seed.stage == (Stage.EMBARGOED if seed.live else Stage.GERMINATING)
+        ]
 
     def abandon(self, why: str) -> None:
         """Forget everything that is on its way; who waits for a germination gets ``why`` in an error."""
@@ -321,7 +338,12 @@ class Changes:
     @property
     def pending(self) -> bool:
         """Whether a change or a better plan is on its way."""
-        return bool(self._pending) or self._boundary_work or self._conductor.busy
+        return (
+            bool(self._pending)
+            or self._boundary_work
+            or self._conductor.busy
+            or (self.unfinished and bool(self._interrupted()))
+        )
 
     def wait_for(self, germination: Germination, timeout: float | None) -> bool:
         """See :meth:`Germination.wait`."""
@@ -337,16 +359,7 @@ class Changes:
 
     def settle(self, timeout: float | None) -> bool:
         """Block until no background work is left and the best plan runs; call it between steps."""
-        deadline = None if timeout is None else time.monotonic() + timeout
-        while True:
-            rest = None if deadline is None else deadline - time.monotonic()
-            if rest is not None and rest <= 0:
-                return False
-            idle = self._conductor.wait(0.2 if rest is None else min(0.2, rest))
-            if self._boundary_work:
-                self.apply_between_steps()
-            elif idle and not self.pending:
-                return True
+        return self._until(lambda: not self.pending, timeout)
 
     def _until(self, over: Callable[[], bool], timeout: float | None) -> bool:
         """Block until something holds, and make the step boundaries that are due meanwhile; False: it took too long."""

@@ -6,6 +6,7 @@ Stand-ins for compiled programs say when there are kernels. Timeouts are for tes
 from __future__ import annotations
 
 import asyncio
+import copy
 import threading
 from collections.abc import Callable
 
@@ -113,3 +114,72 @@ def test_who_gives_up_awaiting_can_end_and_the_germination_goes_on() -> None:
     program.land("0")
     assert germination.wait(10)
     assert ended
+
+
+def test_settle_makes_the_boundary_where_the_thread_that_ran_the_model_has_ended() -> None:
+    model = small_model()
+    program = StandIn(model)
+    program.land("0")
+    request = threading.Thread(target=model.growth.changes.begin_eager_forward)
+    request.start()
+    request.join()
+    model.seeds["0"].germinate("low_rank")
+    assert model.settle(10)
+    assert program.running == {"0"}
+
+
+def test_settle_leaves_the_boundary_to_the_thread_that_trains_and_looks_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_model()
+    program = StandIn(model)
+    program.land("0")
+    begun, go, looks = threading.Event(), threading.Event(), []
+    look = Changes.apply_between_steps
+
+    def train() -> None:
+        model.growth.changes.begin_eager_forward()
+        begun.set()
+        go.wait()
+        model.growth.changes.begin_eager_forward()
+
+    monkeypatch.setattr(Changes, "apply_between_steps", lambda self: (looks.append(self), look(self)))
+    training = threading.Thread(target=train)
+    training.start()
+    begun.wait()
+    model.seeds["0"].germinate("low_rank")
+    settled = model.settle(0.1)
+    running = program.running
+    go.set()
+    training.join()
+    assert not settled
+    assert running == set()
+    assert len(looks) < 100
+    assert model.settle(10)
+    assert program.running == {"0"}
+
+
+def test_a_copy_counts_what_the_original_had_begun_as_pending_and_settles_it() -> None:
+    model = small_model()
+    program = StandIn(model)
+    model.seeds["0"].germinate("low_rank")
+    other = copy.deepcopy(model)
+    assert other.pending
+    assert other.settle(10)
+    assert other.seeds["0"].stage is Stage.INCUBATING
+    assert not copy.deepcopy(other).pending
+    assert model.seeds["0"].stage is Stage.GERMINATING
+    assert program.running == set()
+
+
+def test_a_copy_takes_up_what_the_original_had_begun_and_nothing_that_it_has_begun_itself() -> None:
+    model = small_model()
+    program = StandIn(model)
+    model.seeds["0"].germinate("low_rank")
+    other = copy.deepcopy(model)
+    program = StandIn(other)
+    germination = other.seeds["1"].germinate("low_rank")
+    for sites in (["0"], ["1"], ["0", "1"]):
+        program.land(*sites)
+    assert germination.wait(10)
+    assert other.settle(10)
+    assert [event.to for event in other.ledger if event.site == "1"] == [Stage.GERMINATING, Stage.INCUBATING]
+    assert program.running == {"0", "1"}
