@@ -22,12 +22,16 @@ from esper_fx.seed import Germination, KasminaSeed
 if TYPE_CHECKING:
     from esper_fx.engine.program import Program, Running, SizedProgram
     from esper_fx.engine.region import Variant
+    from esper_fx.engine.service import Service
     from esper_fx.growth import Growth
 
 logger = logging.getLogger(__name__)
 
 #: Seconds between two looks of who waits: whether it is over, and whether a step boundary is due.
 LOOK_S = 0.01
+
+#: Seconds until kernels without a pruned body are asked for again, after the first failure and at most; doubled in between.
+FIRST_PAUSE_S, LAST_PAUSE_S = 1.0, 60.0
 
 
 @dataclass(eq=False)
@@ -43,6 +47,7 @@ class Change:
         error: Why its kernels cannot be had.
         ready: Whether the next step boundary decides it.
         tried: Whether its kernels have been asked for.
+        pause: Seconds for which it was put off last.
         group: The same for changes that belong together.
     """
 
@@ -52,6 +57,7 @@ class Change:
     error: BaseException | None = None
     ready: bool = False
     tried: bool = False
+    pause: float = 0.0
     group: object = field(default_factory=object)
 
 
@@ -78,6 +84,8 @@ class Changes:
         self._growth = growth
         self._lock = growth.lock
         self._pending: list[Change] = []
+        self._put_off: dict[Change, Future[None]] = {}  # until when
+        self._warned: set[str] = set()
         self._boundary_work = False
         self._host = 0.0
         self._epoch = 0
@@ -171,7 +179,7 @@ class Changes:
 
     def _interrupted(self) -> list[KasminaSeed]:
         """Seeds whose body should come or go, and no change in the queue sees to it."""
-        coming = {change.seed for change in self._pending}
+        coming = {change.seed for change in (*self._pending, *self._put_off)}
         return [
             seed
             for seed in self._growth.by_index
@@ -182,6 +190,7 @@ class Changes:
         """Forget everything that is on its way; who waits for a germination gets ``why`` in an error."""
         with self._lock:
             abandoned, self._pending = self._pending, []
+            self._put_off.clear()
             self._boundary_work = self.unfinished = False
             self._forget()
         for change in abandoned:
@@ -217,9 +226,10 @@ class Changes:
 
     def withdraw(self, seed: KasminaSeed) -> Change | None:
         """Take the change that is on its way for a seed out of the queue, if there is one."""
-        change = next((c for c in self._pending if c.seed is seed), None)
+        change = next((c for c in (*self._pending, *self._put_off) if c.seed is seed), None)
         if change is not None:
-            self._pending.remove(change)
+            if self._put_off.pop(change, None) is None:
+                self._pending.remove(change)
             self._forget()
         return change
 
@@ -266,8 +276,8 @@ class Changes:
         Returns:
             What to wait for before the next round; empty when nothing is left to do.
         """
-        waiting: list[Future[Any]] = []
         with self._lock:
+            waiting: list[Future[Any]] = self._take_back()
             first_of_groups = {change.group: change for change in reversed(self._pending)}
             heads = [change for change in self._pending if first_of_groups[change.group] is change]
             pending = [(change, self._live_after(change)) for change in heads]
@@ -282,7 +292,7 @@ class Changes:
         return waiting
 
     def _prepare(self, change: Change, live: set[KasminaSeed], programs: list[SizedProgram]) -> list[Future[Any]]:
-        """Get the kernels for one change; stage it when they are there, or when they cannot be had."""
+        """Get the kernels for one change; stage it when they are there, stage it or put it off when they cannot be had."""
         error: BaseException | None = None
         missing: list[Variant] = []
         try:
@@ -298,12 +308,39 @@ class Changes:
                 return []
             if change.group is self._pending[0].group:  # the next boundary's
                 self._offer(made)
+            if error is not None and change.germination is None:
+                return [self._put_off_group(change, error, programs[0].service)]
             if error is not None:
                 change.error = GerminationError(f"{_bodies(self._together_with(change))} no kernel: {error}")
                 change.error.__cause__ = error
             if error is not None or not missing:
                 self._stage(change)
         return [variant.future for variant in missing if variant.future is not None and error is None]
+
+    def _put_off_group(self, change: Change, error: BaseException, service: Service) -> Future[None]:
+        """There is no kernel without these bodies: they stay, silent, and others go first, until a pause is over."""
+        together = self._together_with(change)
+        pause = min(max(2 * change.pause, FIRST_PAUSE_S), LAST_PAUSE_S)
+        until: Future[None] = service.run(asyncio.sleep(pause))
+        logger.warning(
+            "%s to stay for now, silent: there is no kernel without (%s); it is asked for again in %g s",
+            _bodies(together),
+            error,
+            pause,
+        )
+        for member in together:
+            self._pending.remove(member)
+            self._put_off[member] = until
+            member.tried, member.pause = False, pause
+        return until
+
+    def _take_back(self) -> list[Future[None]]:
+        """Queue again what was put off until now; returns what the others wait for."""
+        over = [change for change, until in self._put_off.items() if until.done()]
+        for change in over:
+            del self._put_off[change]
+        self._pending += over
+        return list(self._put_off.values())
 
     def _made(self, programs: list[SizedProgram], live: set[KasminaSeed]) -> list[tuple[SizedProgram, Running | None]]:
         """What each program will run, made now where it can be; the boundary makes what is missing."""
@@ -326,12 +363,20 @@ class Changes:
         try:
             missing = program.request(self._all_of(program, live), urgent=False, retry=False)
         except Exception as error:
-            logger.warning("a plan could not be prepared: %s", error)
+            self._warn_once(f"a program runs on as it is: a better plan could not be prepared: {error}")
             return []
+        for variant in missing:
+            if variant.error is not None:
+                self._warn_once(f"a program runs on as it is: a plan that may be better has no kernel: {variant.error}")
         with self._lock:
             if live == self._live() and program.has_better(self._all_of(program, live)):
                 self._boundary_work = True
         return [variant.future for variant in missing if variant.future is not None and variant.error is None]
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            logger.warning("%s", message)
 
     # Waiting.
 
@@ -339,7 +384,7 @@ class Changes:
     def pending(self) -> bool:
         """Whether a change or a better plan is on its way."""
         return (
-            bool(self._pending)
+            bool(self._pending or self._put_off)
             or self._boundary_work
             or self._conductor.busy
             or (self.unfinished and bool(self._interrupted()))

@@ -269,20 +269,18 @@ class Growth:
     def commit(self, change: Change) -> None:
         """A change has come through the queue: make it so, or quarantine its seed if it has failed."""
         seed = change.seed
-        if change.error is not None:
-            if change.germination is not None:
-                self.fail(seed, change.error)
-                change.germination.settle(change.error)
-            return
-        if change.germination is not None:
+        if change.germination is None:
+            seed.live = False
+            seed.set_body(None, None, {})
+            self._release(self.clock)
+        elif change.error is not None:
+            self.fail(seed, change.error)
+            change.germination.settle(change.error)
+        else:
             seed.live = True
             why = "its kernels are live" if self.changes.programs else "the model runs eagerly"
             self._move(seed, change.target, why)
             change.germination.settle()
-        else:
-            seed.live = False
-            seed.set_body(None, None, {})
-            self._release(self.clock)
 
     def run_seed(self, site: int, x: Tensor, alpha: Tensor, gate: Tensor, source: Tensor | None = None) -> Tensor:
         """Run a seed eagerly, for a program that is not compiled."""

@@ -13,10 +13,11 @@ from collections.abc import Callable
 import pytest
 
 import esper_fx
+from esper_fx import changes
 from esper_fx.changes import Changes
 from esper_fx.lifecycle import Stage
 from tests.support.processes import eventually
-from tests.support.standin import StandIn, small_model
+from tests.support.standin import Flight, StandIn, small_model
 
 
 def at_boundary(monkeypatch: pytest.MonkeyPatch, happens: Callable[[], object]) -> None:
@@ -183,3 +184,94 @@ def test_a_copy_takes_up_what_the_original_had_begun_and_nothing_that_it_has_beg
     assert other.settle(10)
     assert [event.to for event in other.ledger if event.site == "1"] == [Stage.GERMINATING, Stage.INCUBATING]
     assert program.running == {"0", "1"}
+
+
+def pruned_without_a_kernel(monkeypatch: pytest.MonkeyPatch, pause: float) -> tuple[esper_fx.MorphableModel, StandIn]:
+    """A model whose seed at 0 was live and is pruned, but no kernel without its body can be made."""
+    monkeypatch.setattr(changes, "FIRST_PAUSE_S", pause)
+    model = small_model()
+    program = StandIn(model)
+    program.land("0")
+    assert model.seeds["0"].germinate("low_rank").wait(10)
+    program.lose()
+    program.broken = RuntimeError("the worker died")
+    model.growth.prune(model.seeds["0"], "it does not help")
+    return model, program
+
+
+def test_a_prune_without_a_kernel_is_tried_again_until_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, program = pruned_without_a_kernel(monkeypatch, pause=0.001)
+    seed = model.seeds["0"]
+    assert eventually(lambda: program.asked.count(frozenset()) > 2)
+    assert (seed.stage, seed.live, seed.alpha) == (Stage.EMBARGOED, True, 0.0)
+    program.broken = None
+    program.land()
+    assert model.settle(10)
+    assert program.running == set()
+    assert seed.body is None
+
+
+def test_the_pauses_between_tries_double_up_to_a_bound_and_the_log_names_site_and_reason(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(changes, "LAST_PAUSE_S", 0.004)
+    _model, program = pruned_without_a_kernel(monkeypatch, pause=0.001)
+    assert eventually(lambda: len(program.asked) > 5)
+    assert [record.getMessage() for record in caplog.records[:5]] == [
+        "the body at site '0' has to stay for now, silent: there is no kernel without (the worker died); "
+        f"it is asked for again in {pause} s"
+        for pause in ("0.001", "0.002", "0.004", "0.004", "0.004")
+    ]
+
+
+def test_seeds_that_are_pruned_together_are_put_off_and_go_together(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(changes, "FIRST_PAUSE_S", 0.001)
+    model = small_model()
+    program = StandIn(model)
+    for sites in (["0"], ["0", "1"]):
+        program.land(*sites)
+        assert model.seeds[sites[-1]].germinate("low_rank").wait(10)
+    program.lose()
+    program.broken = RuntimeError("the worker died")
+    model.growth.prune_together(list(model.seeds.values()), "the adapter was unloaded")
+    assert eventually(lambda: program.asked.count(frozenset()) > 1)
+    assert program.running == {"0", "1"}
+    program.land()
+    assert model.settle(10)
+    assert program.running == set()
+    assert set(program.asked) == {frozenset()}
+    assert caplog.records[0].getMessage().startswith("the bodies at sites '0', '1' have to stay for now, silent: ")
+
+
+def test_while_a_prune_is_put_off_it_is_pending_and_other_changes_go_live(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, program = pruned_without_a_kernel(monkeypatch, pause=1000.0)
+    assert eventually(lambda: model.growth.changes._put_off)
+    program.land("0", "1")
+    assert model.seeds["1"].germinate("low_rank").wait(10)
+    assert program.running == {"0", "1"}
+    assert not model.settle(0.05)
+    assert model.pending
+    assert copy.deepcopy(model).settle(10)  # a copy has no programs, and so nothing to wait for
+
+
+def test_a_prune_that_is_put_off_is_withdrawn_where_another_takes_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, program = pruned_without_a_kernel(monkeypatch, pause=1000.0)
+    assert eventually(lambda: model.growth.changes._put_off)
+    program.land()
+    model.growth.fail(model.seeds["0"], RuntimeError("it broke"))
+    assert model.settle(10)
+    assert model.seeds["0"].body is None
+
+
+def test_a_better_plan_that_cannot_be_had_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    model = small_model()
+    program = StandIn(model)
+    program.better = Flight(error=RuntimeError("too large"))
+    for _ in range(3):
+        model.growth.changes.kick()
+        assert model.settle(10)
+    assert [record.getMessage() for record in caplog.records] == [
+        "a program runs on as it is: a plan that may be better has no kernel: too large"
+    ]

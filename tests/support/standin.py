@@ -31,6 +31,8 @@ class StandIn:
     Attributes:
         running: The sites whose bodies it runs now.
         asked: For each time a kernel was asked for, the sites that are live in it.
+        broken: Why no kernel that is asked for can be made, or None.
+        better: The kernel of a better plan for what runs now, or None where there is no such plan.
     """
 
     complete = True
@@ -40,6 +42,8 @@ class StandIn:
         self.growths = [model.growth]
         self.running: frozenset[str] = frozenset()
         self.asked: list[frozenset[str]] = []
+        self.broken: BaseException | None = None
+        self.better: Flight | None = None
         self._flights: dict[frozenset[str], Flight] = {}
         self._kernels: set[frozenset[str]] = {frozenset()}
         model.growth.changes.programs.add(self)  # type: ignore[arg-type]
@@ -83,11 +87,11 @@ class StandIn:
 
     def request(self, live: Iterable[esper_fx.KasminaSeed], *, urgent: bool, retry: bool) -> list[Flight]:
         if self.can_run(live):
-            return []
+            return [] if urgent or self.better is None else [self.better]
         sites = _sites(live)
         flight = self._flights.get(sites)
         if flight is None or (retry and flight.error is not None):
-            flight = self._flights[sites] = Flight()
+            flight = self._flights[sites] = Flight(error=self.broken)
             self.asked.append(sites)
         return [flight]
 
