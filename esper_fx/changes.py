@@ -396,6 +396,7 @@ class Changes:
 
     async def wait_without_thread(self, germination: Germination) -> None:
         """As :meth:`wait_for`, for a coroutine: nothing is left behind where it is cancelled."""
+        self._conductor.revive()
         while True:
             self.apply_between_steps()
             if germination.done():
@@ -409,6 +410,7 @@ class Changes:
     def _until(self, over: Callable[[], bool], timeout: float | None) -> bool:
         """Block until something holds, and make the step boundaries that are due meanwhile; False: it took too long."""
         deadline = math.inf if timeout is None else time.monotonic() + timeout
+        self._conductor.revive()
         while True:
             self.apply_between_steps()
             if over():

@@ -55,9 +55,13 @@ class Conductor:
 
     def wait(self, timeout: float) -> bool:
         """Wait until all is done; returns False after ``timeout`` seconds."""
-        if self.busy and self._wake is None and self._runner is not None:  # in a forked child: nobody is at it
-            self.kick(self._runner)
+        self.revive()
         return self._idle.wait(timeout)
+
+    def revive(self) -> None:
+        """In a forked child: go on with what the parent was at. For whoever is about to wait for it."""
+        if self.busy and self._wake is None and self._runner is not None:
+            self.kick(self._runner)
 
     def kick(self, runner: Runner) -> None:
         """There may be something to do; returns at once."""

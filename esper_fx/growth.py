@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import threading
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from esper_fx import blueprints, ops
 from esper_fx._garbage import collecting_later
+from esper_fx.cache._background import ForkSafeLock
 from esper_fx.changes import Change, Changes
 from esper_fx.errors import BlueprintError, GerminationError
 from esper_fx.lifecycle import GrowthEvent, Ledger, Stage, check_transition
@@ -24,6 +26,8 @@ from esper_fx.state import KasminaStateLayout
 
 if TYPE_CHECKING:
     from esper_fx.optim import Attachment
+
+logger = logging.getLogger(__name__)
 
 _handles = itertools.count(1)
 
@@ -89,7 +93,7 @@ class Growth:
     def _begin(self) -> None:
         self.handle = next(_handles)
         ops.hosts[self.handle] = self
-        self.lock = threading.RLock()
+        self.lock = ForkSafeLock()
         self.attachment: Attachment | None = None
         self.scheduled = True  # until a tick has looked
         self.changes = Changes(self)
@@ -124,6 +128,7 @@ class Growth:
             EsperError: As for one seed; nothing has changed then, at any of them.
         """
         started = time.perf_counter()
+        _warn_of_other_processes()
         with self.lock, collecting_later():
             bodies = [self._build_body(order) for order in orders]
             group = object()
@@ -329,3 +334,19 @@ def _load_weights(body: nn.Module, weights: Mapping[str, Tensor], blueprint: str
         body.load_state_dict(dict(weights), strict=True)
     except RuntimeError as error:
         raise BlueprintError(f"weights for blueprint {blueprint!r} at site {site!r} do not fit: {error}") from error
+
+
+def _warn_of_other_processes() -> None:
+    """Say once that nothing keeps what has grown alike in the processes of a distributed training."""
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        _warn_once(distributed.get_world_size())
+
+
+@cache
+def _warn_once(processes: int) -> None:
+    logger.warning(
+        "a seed germinates in one of %d processes: DistributedDataParallel and FSDP do not know modules that join after they "
+        "have wrapped a model, so their gradients differ between processes. Average them yourself, and germinate and wait() at "
+        "the same step everywhere",
+        processes,
+    )

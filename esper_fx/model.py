@@ -16,22 +16,6 @@ from esper_fx.seed import KasminaSeed
 from esper_fx.state import KasminaStateLayout
 from esper_fx.stats import EngineStats, engine_stats
 
-#: Names that a network to be morphed must not have attributes of.
-RESERVED = (
-    "growth",
-    "seeds",
-    "morphology",
-    "ledger",
-    "clock",
-    "pending",
-    "settle",
-    "stats",
-    "reset_stats",
-    "graphs",
-    "pass_records",
-    "trace_report",
-)
-
 
 class MorphableModel(nn.Module):
     """A model whose graph carries seeds. Made by :func:`morph`; never instantiated by hand.
@@ -106,3 +90,11 @@ class MorphableModel(nn.Module):
     def reset_stats(self) -> None:
         """Begin to count anew what :meth:`stats` counts for this model; the caches' own statistics go on."""
         self.growth.changes.reset_stats()
+
+
+def taken_names(net: nn.Module) -> list[str]:
+    """Attributes of a network that a morphed model has of its own, sorted."""
+    names = {name for name in {**vars(MorphableModel), **MorphableModel.__annotations__} if not name.startswith("_")}
+    if isinstance(net, fx.GraphModule):
+        names.remove("graph")  # the same there
+    return sorted(name for name in names - set(dir(nn.Module)) if hasattr(net, name))

@@ -19,7 +19,7 @@ from esper_fx.errors import MorphError, SiteError
 from esper_fx.feature_dim import FeatureDim, feature_dims
 from esper_fx.growth import Growth
 from esper_fx.lineage import ATTRIBUTE, is_lineage
-from esper_fx.model import RESERVED, MorphableModel
+from esper_fx.model import MorphableModel, taken_names
 from esper_fx.original import Original, Swap, additions, footprint, original_of
 from esper_fx.passes.auto_sites import MAX_SITES, auto_sites
 from esper_fx.passes.find_sites import Sites, no_match_message
@@ -73,7 +73,7 @@ def morph(
     modules = list(net.modules())
     if isinstance(net, MorphableModel) or any(isinstance(module, KasminaSeed) for module in modules):
         raise MorphError(f"{type(net).__name__} is morphed already; morph the original instead")
-    taken = [name for name in (NAMESPACE, *RESERVED) if hasattr(net, name)]
+    taken = [NAMESPACE] * hasattr(net, NAMESPACE) + taken_names(net)
     if hasattr(net, ATTRIBUTE) and not is_lineage(getattr(net, ATTRIBUTE)):
         taken.append(ATTRIBUTE)
     if taken:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from esper_fx.cache._background import ForkSafeLock
 from esper_fx.lifecycle import Stage
 from esper_fx.state_fields import (
     FIELDS,
@@ -89,7 +89,7 @@ class KasminaStateLayout(nn.Module):
             for field, (dtype, value) in FIELDS.items():
                 self.register_buffer(field, torch.full((n_seeds,), value, dtype=dtype))
             self.register_buffer("step", torch.zeros((), dtype=torch.int64))
-        self._lock = threading.RLock()
+        self._lock = ForkSafeLock()
         self._mirror: dict[str, Tensor] | None = None
         self._scheduled = False
         self._next_embargo: int | None = None
@@ -298,7 +298,7 @@ class KasminaStateLayout(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._lock = threading.RLock()
+        self._lock = ForkSafeLock()
         self._mirror = state.get("_mirror")
         self.generation += 1
 

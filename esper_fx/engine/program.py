@@ -43,7 +43,7 @@ class Program:
 
     Attributes:
         growths: The morphable models whose seeds are in the graph.
-        epoch: The step of each growth in which the program ran last.
+        epochs: For each growth, by its handle, the step in which the program ran last.
     """
 
     def __init__(self, module: fx.GraphModule) -> None:

@@ -158,6 +158,7 @@ def _identity(current: Settings) -> tuple[Any, ...]:
     return (
         current.cache_dir,
         current.store,
+        current.store_bytes,
         current.workers,
         current.worker_nice,
         current.worker_threads,

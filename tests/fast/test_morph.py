@@ -578,6 +578,16 @@ def test_something_that_is_no_module_or_cannot_be_traced_or_takes_our_names() ->
     )
 
 
+def test_every_public_name_of_a_morphed_model_is_refused_to_a_network() -> None:
+    public = {name for name in vars(esper_fx.MorphableModel) if not name.startswith("_")} - set(dir(nn.Module))
+    assert {"state", "graph", "seeds", "settle"} <= public
+    for name in public:
+        net = nn.Sequential(nn.Linear(4, 4))
+        setattr(net, name, "fast")
+        with pytest.raises(MorphError, match=f"Sequential has attributes of its own called {name}; rename them first"):
+            esper_fx.morph(net, sites="0")
+
+
 @pytest.mark.parametrize(
     ("inputs", "wording"),
     [
