@@ -58,12 +58,25 @@ def _check_parent(parent: Path, root: Path) -> None:
             f"{parent}, above the artifact store, belongs to user {status.st_uid}, expected 0 or {os.geteuid()}: {why}; "
             "give a folder of your own"
         )
-    if status.st_mode & 0o022 and not status.st_mode & stat.S_ISVTX:
+    others = 0o002 if _is_own_group(status.st_gid) else 0o022
+    if status.st_mode & others and not status.st_mode & stat.S_ISVTX:
         raise StoreError(
             f"{parent}, above the artifact store, is writable by others (mode {status.st_mode & 0o7777:o}), expected no "
             f"write permission for group and others, or the sticky bit: {why}; run `chmod go-w {parent}` if you trust its "
             "content, or give another folder"
         )
+
+
+def _is_own_group(group: int) -> bool:
+    """Whether a group is one that systems make for each user, named alike and without other members."""
+    import grp
+    import pwd
+
+    try:
+        user, entry = pwd.getpwuid(os.geteuid()).pw_name, grp.getgrgid(group)
+    except KeyError:
+        return False
+    return entry.gr_name == user and set(entry.gr_mem) <= {user}
 
 
 def read(path: Path) -> bytes | None:

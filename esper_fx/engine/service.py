@@ -129,13 +129,13 @@ def service() -> Service:
     """The service for the settings in force; equal settings share one.
 
     Raises:
-        StoreError: The store's folder cannot be used.
+        StoreError: The folder that the settings name for the store cannot be used.
     """
     current = settings()
     identity = _identity(current)
     with _services_lock:
         if identity not in _services:
-            store = ArtifactStore(current.cache_dir) if current.store else None
+            store = _store(current)
             if store is not None:
                 threading.Thread(target=store.trim, args=(current.store_bytes,), daemon=True).start()
             compiler = None
@@ -152,6 +152,18 @@ def service() -> Service:
             )
             _services[identity] = Service(cache, store, compiler)
         return _services[identity]
+
+
+def _store(current: Settings) -> ArtifactStore | None:
+    if not current.store:
+        return None
+    try:
+        return ArtifactStore(current.cache_dir)
+    except StoreError as error:
+        if current.cache_dir is not None:
+            raise
+        logger.warning("kernels are not kept on disk: %s", error)  # the user has not asked for this folder
+        return None
 
 
 def _identity(current: Settings) -> tuple[Any, ...]:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import grp
 import logging
 import os
+import pwd
 import stat
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from esper_fx.cache import ArtifactStore, KernelKey
+from esper_fx.cache import ArtifactStore, KernelKey, _files
 from esper_fx.cache.manifest import Manifest
 from esper_fx.errors import EsperError, StoreError
 from tests.support.processes import finish, start_script
@@ -342,7 +345,10 @@ class TestFolder:
         self.check_refused(tmp_path, message + "your own")
 
     @pytest.mark.parametrize("mode", [0o720, 0o702, 0o777, 0o775])
-    def test_a_folder_below_one_that_others_can_write_to_is_refused(self, tmp_path: Path, mode: int) -> None:
+    def test_a_folder_below_one_that_others_can_write_to_is_refused(
+        self, tmp_path: Path, mode: int, monkeypatch: Patch
+    ) -> None:
+        monkeypatch.setattr(_files, "_is_own_group", lambda group: False)
         shared = tmp_path / "shared"
         ArtifactStore(shared / "mine" / "kernels")
         shared.chmod(mode)
@@ -356,6 +362,21 @@ class TestFolder:
         ArtifactStore(shared / "mine" / "kernels")
         shared.chmod(0o755)
         ArtifactStore(shared / "mine" / "kernels")
+
+    @pytest.mark.parametrize(("name", "members"), [("me", ["me"]), ("me", ["me", "other"]), ("users", [])])
+    def test_the_group_of_the_user_alone_is_not_others(
+        self, tmp_path: Path, name: str, members: list[str], monkeypatch: Patch
+    ) -> None:
+        monkeypatch.setattr(pwd, "getpwuid", lambda user: SimpleNamespace(pw_name="me"))
+        monkeypatch.setattr(grp, "getgrgid", lambda group: SimpleNamespace(gr_name=name, gr_mem=members))
+        folder = tmp_path / "umask 002"
+        ArtifactStore(folder / "kernels")
+        folder.chmod(0o775)
+        if (name, members) == ("me", ["me"]):
+            ArtifactStore(folder / "kernels")
+            folder.chmod(0o777)
+        with pytest.raises(StoreError, match="is writable by others"):
+            ArtifactStore(folder / "kernels")
 
     @pytest.mark.parametrize("place", ["of the link", "of its target"])
     def test_both_ends_of_a_link_are_looked_at(self, tmp_path: Path, place: str) -> None:
