@@ -10,12 +10,13 @@ import inspect
 import logging
 import os
 import platform
+import re
 import threading
 import types
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import wait
-from functools import cache
-from typing import Any
+from functools import cache, partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -30,6 +31,8 @@ from esper_fx.cache._background import ForkSafeLock
 from esper_fx.kernels.launch import HiddenLaunch, compile_hidden
 
 logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 __all__ = [
     "CHANNEL_FIRST_LAYERS",
@@ -220,6 +223,44 @@ def compile_graph(
     Raises:
         Uncacheable: Compilation is possible but not serialisation.
     """
+    return _without_broken_libraries(partial(_compile_graph, module, inputs, cacheable, threads, hidden))
+
+
+def _without_broken_libraries(work: Callable[[], _T]) -> _T:
+    """Do something that loads C++ libraries, again without those that turn out to be broken.
+
+    A C++ compiler that is killed leaves half a file where Inductor takes it for a whole one from then on.
+    """
+    removed: set[str] = set()
+    while True:
+        try:
+            return work()
+        except Exception as error:
+            broken = _broken_library(error)
+            if broken is None or broken in removed:
+                raise
+            logger.warning("%s is broken and is built again", broken)
+            removed.add(broken)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(broken)
+
+
+def _broken_library(error: BaseException) -> str | None:
+    """The library in Inductor's cache that could not be loaded, if that is what an error is about."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    text = f"{type(error).__name__}: {error}"
+    found = re.search(r"(?:ImportError|OSError): (/[^:\n]+\.so): ", text)
+    return found[1] if found is not None and found[1].startswith(os.path.join(cache_dir(), "")) else None
+
+
+def _compile_graph(
+    module: fx.GraphModule,
+    inputs: Sequence[torch.Tensor],
+    cacheable: dict[str, str],
+    threads: int | None,
+    hidden: Sequence[HiddenLaunch],
+) -> tuple[Callable[..., Any], bytes]:
     import torch._functorch.config as functorch_config
     import torch._inductor.config as inductor_config
     from torch._functorch._aot_autograd.autograd_cache import BypassAOTAutogradCache
@@ -420,6 +461,11 @@ def unwrapped(tensor: Tensor) -> Tensor:
 def is_owned(tensor: Tensor) -> bool:
     """Whether Dynamo has found a tensor in a module, as its parameter or buffer."""
     return isinstance(tensor, nn.Parameter) or hasattr(tensor, "_dynamo_static_input_type")
+
+
+def in_transform() -> bool:
+    """Whether the calling thread is within a transform of torch.func, such as grad or vmap."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def in_backward() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection
 from itertools import chain
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from esper_fx._garbage import collecting_later
+from esper_fx._torch import in_transform
 from esper_fx.adoption import adopt, adopt_python, plain_base
 from esper_fx.branch import NAMESPACE, Branch
 from esper_fx.checkpoint import watch_loading
@@ -22,7 +24,7 @@ from esper_fx.lineage import ATTRIBUTE, is_lineage
 from esper_fx.model import MorphableModel, taken_names
 from esper_fx.original import Original, Swap, additions, footprint, original_of
 from esper_fx.passes.auto_sites import MAX_SITES, auto_sites
-from esper_fx.passes.find_sites import Sites, no_match_message
+from esper_fx.passes.find_sites import Sites, no_match_message, unmatched
 from esper_fx.passes.flow import observe, of_graph
 from esper_fx.passes.names import above, join
 from esper_fx.passes.pipeline import Draft
@@ -32,6 +34,8 @@ from esper_fx.rehearsal import Inputs, rehearse
 from esper_fx.replica import replica
 from esper_fx.seed import KasminaSeed
 from esper_fx.state import KasminaStateLayout
+
+logger = logging.getLogger(__name__)
 
 
 def morph(
@@ -91,6 +95,8 @@ def morph(
         sites = _auto(root, example_inputs, max_sites)
     with collecting_later():
         model = _assemble(root, sites, feature_dim, seed)
+    for pattern in unmatched(sites, model.seeds):
+        logger.warning("%s", no_match_message(pattern, model.seeds))
     if example_inputs is None:
         return model
     _learn_values(model, example_inputs)
@@ -171,7 +177,8 @@ def _device(net: nn.Module) -> torch.device:
 
 
 def _before_eager_forward(model: nn.Module, args: Any) -> None:
-    if not torch.compiler.is_compiling():
+    # A transform of torch.func is a calculation about the model, not a step of it, and may not write to its state.
+    if not torch.compiler.is_compiling() and not in_transform():
         model.growth.changes.begin_eager_forward()  # type: ignore[union-attr,operator]
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.optim import Optimizer
 
+from esper_fx._torch import uncompiled
 from esper_fx.branch import NAMESPACE, mangled
 from esper_fx.errors import OptimizerError
 from esper_fx.optimizer_state import add_names, match_names, match_what_was_loaded
@@ -29,7 +30,7 @@ def attach(optimizer: Optimizer, model: MorphableModel, **options: Any) -> Attac
 
     Args:
         optimizer: An optimizer over parameters of ``model``.
-        model: A morphed model.
+        model: A morphed model, or what `torch.compile` has made of one.
         **options: Options of a group for the seeds, such as ``lr`` or ``weight_decay``.
 
     Raises:
@@ -38,6 +39,7 @@ def attach(optimizer: Optimizer, model: MorphableModel, **options: Any) -> Attac
     """
     from esper_fx.model import MorphableModel
 
+    model = uncompiled(model)  # type: ignore[assignment]
     if not isinstance(model, MorphableModel):
         raise OptimizerError(f"attach() needs a morphed model, not a {type(model).__name__}; call esper_fx.morph first")
     if not isinstance(optimizer, Optimizer):

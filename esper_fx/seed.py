@@ -307,6 +307,8 @@ class KasminaSeed(nn.Module):
 
     def prune(self, why: str = "pruned by the user") -> None:
         """Silence the seed at once and take its body away; after the embargo its site may germinate again."""
+        if not isinstance(why, str):
+            raise TypeError(f"prune(why={why!r}) at site {self.name!r}: expected a text that says why, for the ledger")
         self.growth.prune(self, why)
 
     def kernel_inputs(self) -> Callable[[], list[Tensor]]:

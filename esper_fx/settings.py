@@ -87,12 +87,13 @@ def _parse(name: str, text: str, default: Any) -> Any:
     try:
         if isinstance(default, bool):
             return {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}[text.lower()]
-        if default is None:
+        if default is None and text:
             return Path(text)
         return type(default)(text)
-    except (KeyError, ValueError):
+    except (KeyError, TypeError, ValueError):
+        kinds = {bool: "1, true, yes, 0, false or no", int: "a whole number", float: "a number"}
         raise SettingsError(
-            f"environment variable ESPER_FX_{name.upper()}={text!r}: expected a {type(default).__name__}"
+            f"environment variable ESPER_FX_{name.upper()}={text!r}: expected {kinds.get(type(default), 'the path of a folder')}"
         ) from None
 
 
@@ -129,6 +130,8 @@ class configure:
                 near = difflib.get_close_matches(name, known, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else "."
                 raise SettingsError(f"there is no setting {name!r}{hint} Settings: {', '.join(known)}")
+        if changes.get("cache_dir") == "":
+            raise SettingsError("cache_dir='': expected the path of a folder, or None for the user's cache folder")
         if changes.get("cache_dir") is not None:
             changes["cache_dir"] = Path(changes["cache_dir"])
         self._previous = settings()

@@ -91,6 +91,14 @@ def _selects(pattern: Selector, name: str, module: nn.Module | None) -> bool:
     return isinstance(module, pattern)
 
 
+def unmatched(sites: Sites, found: Iterable[str]) -> list[str | re.Pattern[str]]:
+    """Those of several globs and regular expressions that have selected none of the sites that were found."""
+    names = list(found)
+    several = [] if callable(sites) or isinstance(sites, str | re.Pattern) else sites
+    patterns = [pattern for pattern in several if isinstance(pattern, str | re.Pattern)]
+    return [pattern for pattern in patterns if not any(_selects(pattern, name, None) for name in names)]
+
+
 def no_match_message(sites: Any, names: Iterable[str]) -> str:
     """Say that nothing was selected, with the names that come nearest."""
     candidates = sorted(set(names))

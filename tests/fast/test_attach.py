@@ -329,3 +329,22 @@ def test_a_copy_of_the_model_is_not_attached() -> None:
     other.seeds["0"].germinate("low_rank")
     assert len(held(optimizer)) == 4
     esper_fx.attach(SGD(other.parameters(), lr=0.1), other)
+
+
+def test_what_torch_compile_returns_stands_for_the_model() -> None:
+    model = new_model()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    esper_fx.attach(optimizer, torch.compile(model, backend="esper"))
+    model.seeds["1"].germinate("low_rank", rank=2)
+    step(model, optimizer)
+    step(model, optimizer)
+    assert {id(parameter) for parameter in body_parameters(model, "1")} <= set(held(optimizer))
+    assert model.clock == 2
+
+
+def test_a_reason_that_is_no_text_is_refused() -> None:
+    seed = new_model().seeds["1"]
+    seed.germinate("affine")
+    with pytest.raises(TypeError, match=r"prune\(why=3\) at site '1': expected a text"):
+        seed.prune(3)  # type: ignore[arg-type]
+    assert seed.stage is Stage.GERMINATING

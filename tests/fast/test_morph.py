@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import io
+import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -586,6 +588,39 @@ def test_every_public_name_of_a_morphed_model_is_refused_to_a_network() -> None:
         setattr(net, name, "fast")
         with pytest.raises(MorphError, match=f"Sequential has attributes of its own called {name}; rename them first"):
             esper_fx.morph(net, sites="0")
+
+
+def test_what_selects_nothing_among_several_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    model = esper_fx.morph(net, sites=["0", "3", re.compile("1"), nn.Conv2d])
+    assert set(model.seeds) == {"0", "1"}
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith("sites='3' selects no module of this model. Nearest names: ")
+    caplog.clear()
+    esper_fx.morph(net, sites="*")
+    assert not caplog.records
+
+
+def test_transforms_of_a_morphed_model_are_no_steps() -> None:
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    model = esper_fx.morph(net, sites="*", example_inputs=(x,))
+
+    def loss(module: nn.Module, parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(module, parameters, (x,)).square().mean()
+
+    def each(module: nn.Module) -> dict[str, Tensor]:
+        gradient = torch.func.grad(partial(loss, module))
+        return torch.func.vmap(gradient, in_dims=(None, 0))(dict(module.named_parameters()), x)
+
+    model.seeds["1"].germinate("affine")
+    mine, theirs = each(model), each(net)
+    assert model.clock == 0
+    for name, gradient in theirs.items():
+        torch.testing.assert_close(mine[name], gradient)
+    model(x)
+    assert model.clock == 1
+    assert model.seeds["1"].live
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,11 @@ def test_what_does_not_exist_or_is_out_of_range_is_refused_and_changes_nothing(
     assert esper_fx.settings() is before
 
 
+def test_no_path_is_not_the_folder_one_is_in() -> None:
+    with pytest.raises(SettingsError, match="cache_dir='': expected the path of a folder"):
+        esper_fx.configure(cache_dir="")
+
+
 def test_the_hint_and_the_list_of_settings_are_two_sentences() -> None:
     with pytest.raises(SettingsError, match=r"there is no setting 'zzz'\. Settings: "):
         esper_fx.configure(zzz=2)
@@ -130,6 +135,7 @@ def test_every_setting_has_an_environment_variable(
         ("ESPER_FX_WORKERS", "many"),
         ("ESPER_FX_STORE", "perhaps"),
         ("ESPER_FX_JOB_TIMEOUT", ""),
+        ("ESPER_FX_CACHE_DIR", ""),
         ("ESPER_FX_WORKER_NICE", "99"),
     ],
 )
