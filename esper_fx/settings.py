@@ -92,9 +92,8 @@ def _parse(name: str, text: str, default: Any) -> Any:
         return type(default)(text)
     except (KeyError, TypeError, ValueError):
         kinds = {bool: "1, true, yes, 0, false or no", int: "a whole number", float: "a number"}
-        raise SettingsError(
-            f"environment variable ESPER_FX_{name.upper()}={text!r}: expected {kinds.get(type(default), 'the path of a folder')}"
-        ) from None
+        expected = kinds.get(type(default), "the path of a folder")
+        raise SettingsError(f"environment variable ESPER_FX_{name.upper()}={text!r}: expected {expected}") from None
 
 
 _lock = ForkSafeLock()

@@ -347,4 +347,4 @@ def test_a_reason_that_is_no_text_is_refused() -> None:
     seed.germinate("affine")
     with pytest.raises(TypeError, match=r"prune\(why=3\) at site '1': expected a text"):
         seed.prune(3)  # type: ignore[arg-type]
-    assert seed.stage is Stage.GERMINATING
+    assert seed.stage is Stage.INCUBATING
