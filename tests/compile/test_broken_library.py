@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.processes import REPOSITORY
 
-pytestmark = pytest.mark.compile
+pytestmark = [pytest.mark.compile, pytest.mark.nightly]
 
 SCRIPT = """
 import torch, esper_fx
