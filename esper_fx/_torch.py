@@ -93,10 +93,13 @@ HOOKS: frozenset[str] = frozenset(name for name in vars(nn.Module()) if "hooks" 
 def storage_id(tensor: torch.Tensor) -> int:
     """What tells the memory of tensors apart while they live, also of tensors without data.
 
-    A tensor that wraps others (in `torch.vmap`) has none, and stands for itself.
+    What a transform of torch.func wraps around a tensor shares its memory. Any other tensor without memory stands for itself.
     """
+    inner = tensor
+    while torch._C._functorch.is_functorch_wrapped_tensor(inner):
+        inner = torch._C._functorch.get_unwrapped(inner)
     try:
-        return int(tensor.untyped_storage()._cdata)
+        return int(inner.untyped_storage()._cdata)
     except NotImplementedError:
         return id(tensor)
 
@@ -425,10 +428,6 @@ def warm_inductor() -> None:
     import torch._inductor.standalone_compile  # noqa: F401
 
 
-#: What identifies a processor in /proc/cpuinfo, on x86 and on Arm.
-_PROCESSOR_LINES = ("model name", "flags", "CPU implementer", "CPU part", "CPU variant", "Features")
-
-
 def is_kernel_call(target: Any) -> bool:
     """Whether a node's target is how Dynamo calls a Triton kernel of the user's own."""
     return isinstance(target, HigherOrderOperator) and target.name().startswith("triton_kernel_wrapper_")
@@ -448,13 +447,6 @@ def saved_tensors_kept() -> contextlib.AbstractContextManager[Any]:
 
 
 def _itself(tensor: Any) -> Any:
-    return tensor
-
-
-def unwrapped(tensor: Tensor) -> Tensor:
-    """The tensor within those that torch.func's transforms wrap around it, which have no memory of their own."""
-    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        tensor = torch._C._functorch.get_unwrapped(tensor)
     return tensor
 
 
@@ -498,6 +490,10 @@ def compile_environment() -> dict[str, str]:
         "gpu": "" if device is None else f"{device.name} {device.major}.{device.minor}",
         **flags.current(),
     }
+
+
+#: What identifies a processor in /proc/cpuinfo, on x86 and on Arm.
+_PROCESSOR_LINES = ("model name", "flags", "CPU implementer", "CPU part", "CPU variant", "Features")
 
 
 @cache

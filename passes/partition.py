@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from esper_fx._torch import SET_GRAD_ENABLED, pytree
-from esper_fx.passes.propagate import Effects, is_seed, level_change, seed_operands, storage_of
+from esper_fx._torch import SET_GRAD_ENABLED, pytree, storage_id
+from esper_fx.passes.propagate import Effects, is_seed, level_change, seed_operands
 
 #: A region smaller than this many operations is merged with a neighbour.
 MIN_OPERATIONS = 6
@@ -133,7 +133,7 @@ def _merge(segments: list[tuple[str, ...]], closing: Collection[str]) -> list[tu
 
 def _may_cross(node: fx.Node, cut: int, changed_at: dict[int, int]) -> bool:
     value = node.meta.get("example_value")
-    return isinstance(value, Tensor) and changed_at.get(storage_of(value), -1) < cut
+    return isinstance(value, Tensor) and changed_at.get(storage_id(value), -1) < cut
 
 
 def _between_source_and_seed(nodes: Sequence[fx.Node], position: Mapping[fx.Node, int]) -> set[int]:
@@ -154,10 +154,10 @@ def _around_changed_inputs(graph: fx.Graph, position: Mapping[fx.Node, int], cha
     for node in graph.nodes:
         for used in node.all_input_nodes if node in position else ():
             value = used.meta.get("example_value")
-            if isinstance(value, Tensor) and storage_of(value) in changed:
-                uses.setdefault(storage_of(value), []).append(position[node])
+            if isinstance(value, Tensor) and storage_id(value) in changed:
+                uses.setdefault(storage_id(value), []).append(position[node])
     given = [node.meta.get("example_value") for node in graph.nodes if node.op in ("placeholder", "get_attr")]
-    places = {storage_of(value) for value in given if isinstance(value, Tensor)} & uses.keys()
+    places = {storage_id(value) for value in given if isinstance(value, Tensor)} & uses.keys()
     return {cut for place in places for cut in range(min(uses[place]) + 1, max(uses[place]) + 1)}
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 import esper_fx.ops  # noqa: F401  (defines esper::seed)
-from esper_fx._torch import pytree, unwrapped
+from esper_fx._torch import pytree, storage_id
 
 SEED = torch.ops.esper.seed
 
@@ -53,7 +53,7 @@ class _Annotator(fx.Interpreter):
         versions = [_version(tensor) for tensor in tensors]
         # A dormant seed hands its input through: what changes the one in place changes the other.
         value = self.env[seed_operands(n)[0]] if is_seed(n) else super().run_node(n)
-        changed = {storage_of(t) for t, v in zip(tensors, versions, strict=True) if _version(t) != v}
+        changed = {storage_id(t) for t, v in zip(tensors, versions, strict=True) if _version(t) != v}
         if changed:
             self.effects.mutations[n] = changed
         n.meta["example_value"] = value
@@ -70,11 +70,6 @@ def propagate(module: fx.GraphModule, inputs: Sequence[Any]) -> Effects:
     annotator = _Annotator(module)
     annotator.run(*inputs)
     return annotator.effects
-
-
-def storage_of(tensor: Tensor) -> int:
-    """Identity of the memory a fake tensor stands for; views share it."""
-    return int(unwrapped(tensor).untyped_storage()._cdata)
 
 
 def _version(tensor: Tensor) -> int:

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx
 
-from esper_fx._torch import FakeTensorMode, pytree
+from esper_fx._torch import FakeTensorMode, pytree, storage_id
 from esper_fx.engine.build import Ambient
 from esper_fx.engine.region import Region, Variant, shared_template
 from esper_fx.engine.strides import differing, restrided
 from esper_fx.ops import reads_source
 from esper_fx.passes import partition
 from esper_fx.passes.canonical import qualified_name
-from esper_fx.passes.propagate import freeze_numbers, is_seed, propagate, seed_operands, storage_of
+from esper_fx.passes.propagate import freeze_numbers, is_seed, propagate, seed_operands
 from esper_fx.passes.record import BodyGraph, TensorMeta
 
 if TYPE_CHECKING:
@@ -172,7 +172,7 @@ class _Constant:
 
 
 def _storage(value: Any) -> int | None:
-    return storage_of(value) if isinstance(value, Tensor) else None
+    return storage_id(value) if isinstance(value, Tensor) else None
 
 
 def _slot(node: fx.Node) -> Slot:

@@ -16,9 +16,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import get_overridable_functions
 
 from esper_fx import ops
+from esper_fx._torch import storage_id
 from esper_fx.passes import serialize
 from esper_fx.passes.canonical import canonical, digest, qualified_name
-from esper_fx.passes.propagate import SEED, freeze_numbers, is_seed, propagate, storage_of
+from esper_fx.passes.propagate import SEED, freeze_numbers, is_seed, propagate
 from esper_fx.passes.record import BodyGraph, TensorMeta, record
 from esper_fx.passes.specialize import specialize
 from tests.support.examples import examples
@@ -329,7 +330,7 @@ def test_propagate_gives_every_node_its_value() -> None:
     assert isinstance(values["chunk"], tuple)
     assert values["size"] == 3
     assert (values["mul"].shape, values["mul"].dtype, values["mul"].requires_grad) == ((2, 3), torch.float64, True)
-    assert storage_of(values["transpose"]) == storage_of(values["x"]) != storage_of(values["mul"])
+    assert storage_id(values["transpose"]) == storage_id(values["x"]) != storage_id(values["mul"])
     assert effects.mutations == {}
 
 
@@ -346,8 +347,8 @@ def test_propagate_notes_what_is_changed_in_place_also_through_a_view() -> None:
     traced, effects = _annotated(Net(), (3, 4), (3, 4))
     values = {n.name: n.meta["example_value"] for n in traced.graph.nodes}
     assert {n.name: changed for n, changed in effects.mutations.items()} == {
-        "add_": {storage_of(values["mul"])},
-        "relu": {storage_of(values["mul_1"])},
+        "add_": {storage_id(values["mul"])},
+        "relu": {storage_id(values["mul_1"])},
     }
 
 

@@ -16,12 +16,13 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 
+from esper_fx._torch import storage_id
 from esper_fx.engine.build import Ambient
 from esper_fx.engine.plan import Executable, Layout, Plan, Slot
 from esper_fx.engine.region import Variant
 from esper_fx.passes import partition
 from esper_fx.passes.canonical import qualified_name
-from esper_fx.passes.propagate import Effects, propagate, storage_of
+from esper_fx.passes.propagate import Effects, propagate
 from esper_fx.passes.record import TensorMeta, record
 from tests.support import programs
 from tests.support.examples import examples
@@ -81,7 +82,7 @@ def test_no_cut_parts_a_mode_switch_crosses_a_tuple_or_comes_before_a_change_in_
         changed_later = {storage for n in after for storage in effects.mutations.get(n, ())}
         for value in flow.live[cut]:
             assert isinstance(value.meta["example_value"], Tensor)
-            assert storage_of(value.meta["example_value"]) not in changed_later
+            assert storage_id(value.meta["example_value"]) not in changed_later
 
 
 def _graph(build: Callable[[fx.Graph, fx.Node], Any]) -> fx.GraphModule:
