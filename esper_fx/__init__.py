@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from esper_fx import prebuilt as prebuilt  # from now on launches of kernels look for binaries in the store
+from esper_fx import telemetry as telemetry
 from esper_fx.adapters import adapter_modules, load_adapter, save_adapter, unload_adapter
 from esper_fx.blueprints import Blueprint, blueprint
 from esper_fx.cache import ArtifactStore, KernelCache, KernelCompiler, KernelKey
@@ -22,6 +23,7 @@ from esper_fx.errors import (
     SiteError,
     StoreError,
     TargetError,
+    TelemetryError,
     UnknownBlueprintError,
 )
 from esper_fx.growth import Morphology
@@ -73,6 +75,7 @@ __all__ = [
     "Stage",
     "StoreError",
     "TargetError",
+    "TelemetryError",
     "UnknownBlueprintError",
     "adapter_modules",
     "attach",

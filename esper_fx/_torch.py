@@ -440,6 +440,11 @@ def kernel_side_table() -> Any:
     return kernel_side_table
 
 
+def may_be_repeated() -> bool:
+    """Whether a forward pass is repeated, by checkpointing in the backward pass, or may be: hooks take what it saves."""
+    return in_backward() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
 def saved_tensors_kept() -> contextlib.AbstractContextManager[Any]:
     """Keep what is computed meanwhile, on stand-ins for tensors, from hooks on saved tensors, such as checkpointing's."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)

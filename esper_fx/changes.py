@@ -112,6 +112,8 @@ class Changes:
         attachment = self._growth.attachment
         if attachment is None or attachment.optimizer is None:
             self._growth.tick()
+        if self._growth.sampler is not None:
+            self._growth.sampler.begin_step(self._growth.clock)
         self._host += time.perf_counter() - started
 
     def begin_eager_forward(self) -> None:
@@ -160,7 +162,7 @@ class Changes:
             live, programs = self._live(), list(self.programs)
             self.swaps += sum(program.activate(self._all_of(program, live)) for program in programs)
             # Waking the engine's thread costs a step as much as the switch does.
-            if self._pending or not all(program.complete for program in programs):
+            if self._pending or self._growth.sampler is not None or not all(program.complete for program in programs):
                 self.kick()
 
     # Copies and checkpoints.
@@ -289,6 +291,9 @@ class Changes:
         if not pending:
             for program in programs:
                 waiting += self._improve(program, live)
+            if not waiting and self._growth.sampler is not None:
+                for program in programs:
+                    waiting += self._prepare_probes(program, live)
         return waiting
 
     def _prepare(self, change: Change, live: set[KasminaSeed], programs: list[SizedProgram]) -> list[Future[Any]]:
@@ -371,6 +376,18 @@ class Changes:
         with self._lock:
             if live == self._live() and program.has_better(self._all_of(program, live)):
                 self._boundary_work = True
+        return [variant.future for variant in missing if variant.future is not None and variant.error is None]
+
+    def _prepare_probes(self, program: SizedProgram, live: set[KasminaSeed]) -> list[Future[Any]]:
+        """Get ready what measures; where that fails, nothing is measured."""
+        try:
+            missing = program.prepare_probes(live)
+        except Exception as error:
+            self._warn_once(f"a program is not measured: its probes could not be prepared: {error}")
+            return []
+        for variant in missing:
+            if variant.error is not None:
+                self._warn_once(f"a program is not measured: with probes it has no kernel: {variant.error}")
         return [variant.future for variant in missing if variant.future is not None and variant.error is None]
 
     def _warn_once(self, message: str) -> None:

@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from esper_fx import _torch, blueprints
 from esper_fx.branch import NAMESPACE, Branch, mangled
 from esper_fx.errors import CheckpointError
 from esper_fx.lifecycle import HAS_BODY
+from esper_fx.state_fields import FIELDS, TELEMETRY
 from esper_fx.structure import ADVICE, MANIFEST, Structure, body_prefix, check_stages, read_structure
 from esper_fx.trial import hollow, rehearse
 
@@ -50,6 +52,8 @@ def before_loading(
     root = f"{prefix}{NAMESPACE}."
     strict, metadata = _torch.load_in_progress()
     given = [key for key in state_dict if key.startswith(root)]
+    if given:
+        _add_telemetry(branch.growth, state_dict, root)
     lacking = [key for key in _indispensable(branch, root) if key not in state_dict] if given else []
     if lacking and strict:
         raise CheckpointError(
@@ -98,6 +102,14 @@ def _after_loading(branch: nn.Module, _: Any) -> None:
 def _indispensable(branch: Branch, root: str) -> list[str]:
     """Without these keys it cannot be told what had grown."""
     return [root + MANIFEST, *(f"{root}state.{name}" for name, _ in branch.growth.state.named_buffers())]
+
+
+def _add_telemetry(growth: Growth, state_dict: dict[str, Any], root: str) -> None:
+    """A checkpoint from before there was telemetry gets what a model has of which nothing was measured."""
+    keys = {f"{root}state.{field}": FIELDS[field] for field in TELEMETRY if field != "health"}
+    if not any(key in state_dict for key in keys):
+        n = len(growth.by_index)
+        state_dict |= {key: torch.full((n,), value, dtype=dtype) for key, (dtype, value) in keys.items()}
 
 
 def _keys_of_no_body(structure: Structure, state_dict: Mapping[str, Any], root: str) -> tuple[list[str], list[str]]:

@@ -76,3 +76,7 @@ class OptimizerError(EsperError, ValueError):
 
 class SettingsError(EsperError, ValueError):
     """A setting is unknown or has a value out of range."""
+
+
+class TelemetryError(EsperError, ValueError):
+    """A model cannot be watched as asked."""

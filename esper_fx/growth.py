@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, distributed, nn
 
-from esper_fx import blueprints, ops
+from esper_fx import _torch, blueprints, ops
 from esper_fx._garbage import collecting_later
 from esper_fx.cache._background import ForkSafeLock
 from esper_fx.changes import Change, Changes
+from esper_fx.engine.probes import Sampler, measure_eagerly
 from esper_fx.errors import BlueprintError, GerminationError
 from esper_fx.lifecycle import GrowthEvent, Ledger, Stage, check_transition
 from esper_fx.seed import Germination, KasminaSeed
@@ -78,6 +80,7 @@ class Growth:
         changes: What is on its way, and the step boundaries.
         attachment: The tie to an optimizer, or None.
         scheduled: Whether an alpha is on its way.
+        sampler: What takes measurements at the sites, or None.
         lock: Held while a transition is made.
     """
 
@@ -96,6 +99,7 @@ class Growth:
         self.lock = ForkSafeLock()
         self.attachment: Attachment | None = None
         self.scheduled = True  # until a tick has looked
+        self.sampler: Sampler | None = None
         self.changes = Changes(self)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -169,7 +173,8 @@ class Growth:
         if alpha is None:
             alpha = 1.0 if order.weights is not None else settings().incubation_alpha
         number = int(self.state.read("germinations", seed.index))
-        self.state.write(seed.index, alpha=alpha, gate=float(target is Stage.ACTIVE), germinations=number + 1)
+        gate = float(target is Stage.ACTIVE)
+        self.state.write(seed.index, alpha=alpha, gate=gate, germinations=number + 1, health=math.nan, change=math.nan)
         seed.set_body(body, order.blueprint, blueprints.get(order.blueprint).bind(order.config))
         seed.error = None
         self._move(seed, Stage.GERMINATING, f"germinated as {order.blueprint}")
@@ -291,8 +296,15 @@ class Growth:
         """Run a seed eagerly, for a program that is not compiled."""
         seed = self.by_index[site]
         if not seed.live or seed.body is None:
-            return x
-        return ops.seed_forward(x, seed.body, alpha[site].clone(), gate[site].clone(), source)
+            return self.measured(site, x, x)
+        return self.measured(site, x, ops.seed_forward(x, seed.body, alpha[site].clone(), gate[site].clone(), source))
+
+    def measured(self, site: int, x: Tensor, y: Tensor) -> Tensor:
+        """What an eager seed returns for ``y``: that, measured where this step is to be."""
+        sampler = self.sampler
+        if sampler is None or not sampler.sampling or _torch.may_be_repeated() or _torch.in_transform():
+            return y
+        return measure_eagerly(sampler, site, x, y)
 
     @property
     def morphology(self) -> Morphology:

@@ -148,9 +148,10 @@ class KasminaSeed(nn.Module):
             self.note_value(
                 tuple(x.shape), x.dtype, x.device, tuple(source.shape) if isinstance(source, Tensor) else None
             )
-        if not self.live or self.body is None:
-            return x
-        return ops.seed_forward(x, self.body, alpha[self.index].clone(), gate[self.index].clone(), source)
+        y = x
+        if self.live and self.body is not None:
+            y = ops.seed_forward(x, self.body, alpha[self.index].clone(), gate[self.index].clone(), source)
+        return y if torch.compiler.is_compiling() else self.growth.measured(self.index, x, y)
 
     def _on_first(self, value: Any, alpha: Tensor, gate: Tensor) -> Any:
         """Apply the seed to the first item of a tuple or list."""

@@ -13,6 +13,7 @@ from esper_fx.lifecycle import Stage
 from esper_fx.state_fields import (
     FIELDS,
     MAX_SCHEDULE_STEPS,
+    TELEMETRY,
     Schedule,
     StateError,
     advance_alpha,
@@ -43,11 +44,14 @@ class KasminaStateLayout(nn.Module):
         gate: float32, 1 where gradient flows back into the host through the body, 0 where it does not.
         schedule: uint8, a `Schedule`.
         schedule_since: int64, clock at which the schedule began.
-        health: float32, NaN until it is measured.
         error_count: int32.
         stage_since: int64, clock at which the seed entered its stage.
         embargo_until: int64, clock from which an embargoed seed may sleep again.
         germinations: int32, how often this site has germinated.
+        health, value_mean, value_std, value_absmax, nonfinite, change, grad_rms, grad_absmax, grad_value: float32, what
+            :mod:`esper_fx.telemetry` has measured, smoothed; NaN until then.
+        samples: int64, how often that was.
+        sampled_at: int64, clock at which it was last, or -1.
         step: int64, 0-dim, the clock of the last `advance`.
         generation: Increases whenever a tensor from `view` no longer shares memory with the buffers.
     """
@@ -61,11 +65,21 @@ class KasminaStateLayout(nn.Module):
     gate: Tensor
     schedule: Tensor
     schedule_since: Tensor
-    health: Tensor
     error_count: Tensor
     stage_since: Tensor
     embargo_until: Tensor
     germinations: Tensor
+    health: Tensor
+    value_mean: Tensor
+    value_std: Tensor
+    value_absmax: Tensor
+    nonfinite: Tensor
+    change: Tensor
+    grad_rms: Tensor
+    grad_absmax: Tensor
+    grad_value: Tensor
+    samples: Tensor
+    sampled_at: Tensor
     step: Tensor
 
     def __init__(self, n_seeds: int, *, names: Sequence[str] | None = None) -> None:
@@ -91,6 +105,7 @@ class KasminaStateLayout(nn.Module):
             self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self._lock = ForkSafeLock()
         self._mirror: dict[str, Tensor] | None = None
+        self._arrival: torch.Event | None = None
         self._scheduled = False
         self._next_embargo: int | None = None
 
@@ -105,6 +120,16 @@ class KasminaStateLayout(nn.Module):
         self._check(field, i)
         value: int | float = self._host()[field][i].item()
         return value
+
+    def column(self, field: str) -> list[int | float]:
+        """The values of one field for all seeds, from host memory.
+
+        Raises:
+            StateError: If there is no such field.
+        """
+        self._check_field(field)
+        values: list[int | float] = self._host()[field].tolist()
+        return values
 
     def rows(self, i: int) -> dict[str, int | float]:
         """All fields of seed ``i``, from host memory.
@@ -133,6 +158,8 @@ class KasminaStateLayout(nn.Module):
             fields.setdefault("schedule", Schedule.NONE)
         with self._lock:
             host = self._host()
+            if self._arrival is not None and not fields.keys().isdisjoint(TELEMETRY):
+                self._arrival.synchronize()  # or else what was recorded before would come after this
             for field, value in fields.items():
                 for tensors in self._copies(host):
                     # .data: a backward pass that saved the old alpha is not an error, it goes on with the new one.
@@ -149,6 +176,27 @@ class KasminaStateLayout(nn.Module):
         """
         self._check(field, i)
         return self.get_buffer(field)[i]
+
+    def record(self, values: Mapping[str, Tensor]) -> None:
+        """Write what was measured: whole fields, ``[n_seeds]`` each on the arrays' device.
+
+        Never waits for the device: on a GPU the mirror has the values once ``arrived`` is true.
+        """
+        with self._lock:
+            host = self._host()
+            for field, value in values.items():
+                buffer = self.get_buffer(field)
+                buffer.copy_(value)
+                if host[field] is not buffer:
+                    host[field].copy_(buffer, non_blocking=True)
+            if self.step.is_cuda:
+                self._arrival = torch.Event(device=self.step.device)
+                self._arrival.record()
+
+    @property
+    def arrived(self) -> bool:
+        """Whether the mirror has what was last recorded."""
+        return self._arrival is None or bool(self._arrival.query())
 
     # Time.
 
@@ -248,9 +296,13 @@ class KasminaStateLayout(nn.Module):
         embargoes = host["embargo_until"][host["stage"] == Stage.EMBARGOED]
         self._next_embargo = int(embargoes.min()) if embargoes.numel() else None
 
-    def _check(self, field: str, i: int) -> None:
+    @staticmethod
+    def _check_field(field: str) -> None:
         if field not in FIELDS:
             raise StateError(f"seeds have no field {field!r}: expected one of {', '.join(FIELDS)}")
+
+    def _check(self, field: str, i: int) -> None:
+        self._check_field(field)
         if not 0 <= i < self.n_seeds:
             expected = (
                 f"expected 0 to {self.n_seeds - 1} ({self.n_seeds} seeds)"
@@ -293,13 +345,14 @@ class KasminaStateLayout(nn.Module):
             self.generation += 1
 
     def __getstate__(self) -> dict[str, Any]:
-        left_out = {"_lock"} if self.step.is_meta else {"_lock", "_mirror"}
+        left_out = {"_lock", "_arrival"} if self.step.is_meta else {"_lock", "_arrival", "_mirror"}
         return {key: value for key, value in self.__dict__.items() if key not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._lock = ForkSafeLock()
         self._mirror = state.get("_mirror")
+        self._arrival = None
         self.generation += 1
 
     def extra_repr(self) -> str:

@@ -27,6 +27,19 @@ class Schedule(enum.IntEnum):
     NONE = 255
 
 
+MEASURED = (
+    "health",
+    "value_mean",
+    "value_std",
+    "value_absmax",
+    "nonfinite",
+    "change",
+    "grad_rms",
+    "grad_absmax",
+    "grad_value",
+)
+"""What telemetry measures, smoothed; see :mod:`esper_fx.telemetry`. NaN until it is measured."""
+
 FIELDS: Mapping[str, tuple[torch.dtype, int | float]] = MappingProxyType(
     {
         "stage": (torch.uint8, int(Stage.DORMANT)),
@@ -38,14 +51,19 @@ FIELDS: Mapping[str, tuple[torch.dtype, int | float]] = MappingProxyType(
         "gate": (torch.float32, 0.0),
         "schedule": (torch.uint8, int(Schedule.NONE)),
         "schedule_since": (torch.int64, 0),
-        "health": (torch.float32, math.nan),
         "error_count": (torch.int32, 0),
         "stage_since": (torch.int64, 0),
         "embargo_until": (torch.int64, 0),
         "germinations": (torch.int32, 0),
+        **dict.fromkeys(MEASURED, (torch.float32, math.nan)),
+        "samples": (torch.int64, 0),
+        "sampled_at": (torch.int64, -1),
     }
 )
 """The fields every seed has: dtype and value at birth."""
+
+TELEMETRY = (*MEASURED, "samples", "sampled_at")
+"""Those that hold what was measured."""
 
 MAX_SCHEDULE_STEPS = 1 << 20
 """Longest schedule in steps: up to here float32 tells the last step from the one before."""
@@ -65,7 +83,7 @@ def check_value(site: str, field: str, value: int | float) -> None:
         ok, expected = value in tuple(Stage), "a Stage"
     elif field == "schedule":
         ok, expected = value in tuple(Schedule), "a Schedule"
-    elif field == "health":
+    elif field in MEASURED:
         ok, expected = isinstance(value, int | float), "a number"
     elif dtype.is_floating_point:
         ok = isinstance(value, int | float) and abs(value) <= MAX_ALPHA

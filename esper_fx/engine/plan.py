@@ -10,12 +10,13 @@ from torch import Tensor, fx
 
 from esper_fx._torch import FakeTensorMode, pytree, storage_id
 from esper_fx.engine.build import Ambient
+from esper_fx.engine.probes import Probes
 from esper_fx.engine.region import Region, Variant, shared_template
 from esper_fx.engine.strides import differing, restrided
 from esper_fx.ops import reads_source
 from esper_fx.passes import partition
 from esper_fx.passes.canonical import qualified_name
-from esper_fx.passes.propagate import freeze_numbers, is_seed, propagate, seed_operands
+from esper_fx.passes.propagate import Effects, freeze_numbers, is_seed, propagate, seed_operands
 from esper_fx.passes.record import BodyGraph, TensorMeta
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class Slot:
         site: Its row in the state arrays.
         value: The value at its site.
         training: The mode.
+        changed: Whether that value is changed in place after the seed.
         source: Input of the module whose output that value is, where that is known.
     """
 
@@ -40,6 +42,7 @@ class Slot:
     site: int
     value: TensorMeta
     training: bool
+    changed: bool = False
     source: TensorMeta | None = None
 
     def input_of(self, body: object) -> TensorMeta | None:
@@ -87,7 +90,7 @@ class Layout:
         self.input_grads = tuple(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
         changed = set[int]().union(*effects.mutations.values())
         self.changed_inputs = tuple(i for i, value in enumerate(inputs) if _storage(value) in changed)
-        self.slots = tuple(_slot(node) for node in graph.nodes if is_seed(node))
+        self.slots = _slots(graph, effects)
         flow = partition.analyse(graph, effects)
         self.plans = [self._plan("whole", partition.whole(flow), flow, ambient)] if flow.nodes else []
         if blocks and self.slots:
@@ -138,13 +141,16 @@ class Layout:
             value = getattr(value, part)
         return value
 
-    def variants(self, plan: Plan, assignment: Assignment, *, known: bool = False) -> list[Variant] | None:
+    def variants(
+        self, plan: Plan, assignment: Assignment, *, known: bool = False, probed: bool = False
+    ) -> list[Variant] | None:
         """The variants that run ``plan`` with these bodies, each knowing which of its inputs need gradients.
 
         Args:
             plan: One of ``plans``.
             assignment: For each slot its body, or None.
             known: Make no new variants: return None where one is missing. Fast.
+            probed: With probes at all sites.
         """
         grads = list(self.input_grads) + [False] * (plan.places - len(self.input_grads))
         result = []
@@ -152,13 +158,17 @@ class Layout:
             bodies = [assignment[slot] for slot in region.slots]
             needed = [grads[place] for place in region.inputs]
             find = region.template.known_variant if known else region.template.variant
-            variant = find(needed, bodies)
+            variant = find(needed, bodies, self._probes(region) if probed else None)
             if variant is None:
                 return None
             for place, grad in zip(region.outputs, variant.output_grads, strict=True):
                 grads[place] = grad
             result.append(variant)
         return result
+
+    def _probes(self, region: Region) -> Probes | None:
+        slots = [self.slots[slot] for slot in region.slots]
+        return Probes(tuple(not slot.changed for slot in slots), slots[0].value.device) if slots else None
 
 
 @dataclass(frozen=True)
@@ -175,13 +185,24 @@ def _storage(value: Any) -> int | None:
     return storage_id(value) if isinstance(value, Tensor) else None
 
 
-def _slot(node: fx.Node) -> Slot:
+def _slots(graph: fx.Graph, effects: Effects) -> tuple[Slot, ...]:
+    later: set[int] = set()
+    slots = []
+    for node in reversed(graph.nodes):
+        if is_seed(node):
+            slots.append(_slot(node, later))
+        later |= effects.mutations.get(node, set())
+    return tuple(reversed(slots))
+
+
+def _slot(node: fx.Node, changed_later: set[int]) -> Slot:
     value, source = seed_operands(node)
     return Slot(
         model=node.args[3],  # type: ignore[arg-type]
         site=node.args[4],  # type: ignore[arg-type]
         value=TensorMeta.of(value.meta["example_value"]),
         training=bool(node.args[5]),
+        changed=_storage(value.meta["example_value"]) in changed_later,
         source=None if source is None else TensorMeta.of(source.meta["example_value"]),
     )
 

@@ -20,6 +20,7 @@ from esper_fx.engine import aliasing
 from esper_fx.engine.bodies import known_record, record_once
 from esper_fx.engine.build import Ambient
 from esper_fx.engine.plan import Assignment, Executable, Layout, Plan, Slot, StaleError
+from esper_fx.engine.probes import ProbedKernel
 from esper_fx.engine.region import Variant
 from esper_fx.engine.service import Service, service
 from esper_fx.errors import SiteError
@@ -70,7 +71,7 @@ class Program:
             with self._lock:
                 sized = self._sized.get(sizes, self._rest) or self._first_call(sizes, args)
             started = time.perf_counter()  # what a first call takes is no part of a step
-        executable = sized.active
+        executable = sized.sampled() if self._sampling() else sized.active
         host = time.perf_counter() - started
         for growth in self.growths:
             growth.changes.count_host_time(host)
@@ -81,6 +82,12 @@ class Program:
             return executable(args)
         except StaleError:
             return sized.renew(args)
+
+    def _sampling(self) -> bool:
+        """Whether this call is to be measured."""
+        if all(growth.sampler is None or not growth.sampler.sampling for growth in self.growths):
+            return False
+        return not _torch.may_be_repeated()
 
     def _first_call(self, sizes: tuple[int, ...], args: Sequence[Any]) -> SizedProgram:
         if self._nested or len(self._sized) >= MAX_SIZES:
@@ -143,6 +150,8 @@ class SizedProgram:
         self._wanted = _Pins(self.service)  # what was asked for, last after so many switches:
         self._wanted_after = 0
         self._switches = 0
+        self._probed: Running | None = None  # the same with probes
+        self._probe_pins = _Pins(self.service)
         if not eager:
             try:
                 with _torch.saved_tensors_kept():
@@ -298,6 +307,49 @@ class SizedProgram:
 
     def _runs(self, made: Running) -> bool:
         return self._running is not None and made.executable is self._running.executable
+
+    def sampled(self) -> Any:
+        """What a step that is to be measured runs: with probes where there are kernels with probes for what runs now."""
+        probed, running = self._probed, self._running
+        return self.active if probed is None or running is None or not probed.has(running.bodies) else probed.executable
+
+    def prepare_probes(self, live: set[KasminaSeed]) -> list[Variant]:
+        """Get ready what steps that are to be measured run; by the plan of which least has to be compiled.
+
+        Not for the training thread.
+
+        Returns:
+            The variants that still lack a kernel, each with a ``future`` or an ``error``.
+        """
+        if self.layout is None or not self.layout.plans or len(self.growths) != 1:
+            return []  # with several models in a program it could not be told whose step it is
+        sampler = self.growths[0].sampler
+        bodies = self._bodies(live)
+        if sampler is None or (self._probed is not None and self._probed.has(bodies)):
+            return []
+        plan, assignment = self.layout.plans[-1], self._assignment(live)
+        variants = self.layout.variants(plan, assignment, probed=True) or []
+        self._probe_pins.replace(variants)
+        for variant in variants:
+            if not self._has_kernel(variant):
+                variant.request(self.service, priority=20, retry=False)
+        missing = [variant for variant in variants if not self._has_kernel(variant)]
+        kernels = [self._kernel(variant) for variant in variants]
+        if not missing and None not in kernels:
+            for i, (variant, region) in enumerate(zip(variants, plan.regions, strict=True)):
+                if variant.leaf is not None:
+                    sites = [self.layout.slots[slot].site for slot in region.slots]
+                    kernels[i] = ProbedKernel(kernels[i], variant.leaf, len(region.inputs), sites, sampler)
+            seeds = [seed if seed in live else None for seed in self.seeds]
+            self._probed = Running(
+                plan.name, bodies, tuple(variants), Executable(plan, kernels, seeds, assignment), complete=True
+            )
+        return missing
+
+    def drop_probes(self) -> None:
+        """Forget what runs steps that are to be measured."""
+        self._probed = None
+        self._probe_pins.replace([])
 
     @property
     def complete(self) -> bool:

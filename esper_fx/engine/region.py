@@ -19,7 +19,9 @@ from esper_fx.cache._background import ForkSafeLock, register_after_fork
 from esper_fx.engine import build
 from esper_fx.engine.annotate import annotate
 from esper_fx.engine.build import Ambient
+from esper_fx.engine.probes import Probes, measures_gradients
 from esper_fx.passes.canonical import canonical, digest
+from esper_fx.passes.instrument import instrument
 from esper_fx.passes.record import BodyGraph, TensorMeta
 from esper_fx.passes.specialize import specialize
 
@@ -32,33 +34,46 @@ MAX_RECENT = 16
 
 
 class Variant:
-    """A template specialised to bodies and to which of its inputs need gradients: what is compiled.
+    """A template specialised to bodies and to which of its inputs need gradients, with probes or without: what is compiled.
 
     Attributes:
         key: Address of its kernel.
         module: The graph, ready to compile or to run eagerly.
         inputs: What the graph's placeholders are.
-        output_grads: For each output whether it needs a gradient.
+        output_grads: For each output of the region whether it needs a gradient.
+        leaf: The input that takes what probes measure of gradients, where it has probes; see :mod:`esper_fx.ops.probe`.
         error: Why it has no kernel, where that is known.
         future: Done when the kernel that was asked for is in the cache, or the error is known. It holds no kernel: that
             is left to the cache, and to what runs it.
     """
 
-    def __init__(self, template: Template, grads: Sequence[bool], bodies: Sequence[BodyGraph | None]) -> None:
-        graph = specialize(template.graph, bodies)
+    def __init__(
+        self,
+        template: Template,
+        grads: Sequence[bool],
+        bodies: Sequence[BodyGraph | None],
+        probes: Probes | None,
+    ) -> None:
+        graph = specialize(template.graph if probes is None else instrument(template.graph, probes.gradients), bodies)
         self.module = fx.GraphModule(template.owner, graph)
+        self.ambient = template.ambient
         inputs = [
             TensorMeta(m.shape, m.stride, m.dtype, m.device, g) for m, g in zip(template.inputs, grads, strict=True)
         ]
+        tensors: list[TensorMeta] = []
         for body in bodies:
             if body is not None:
                 scalar = TensorMeta((), (), torch.float32, body.output.device, False)
-                inputs += [scalar, scalar, *body.tensors]
-        self.inputs = tuple(inputs)
-        self.ambient = template.ambient
+                tensors += [scalar, scalar, *body.tensors]
+        self.leaf = None if probes is None else probes.leaf()
         with self.ambient.on_this_thread():
+            self.inputs = (*inputs, *filter(None, [self.leaf]), *tensors)
             outputs = annotate(self.module, self.inputs)
-        self.output_grads = tuple(meta.requires_grad for meta in outputs)
+            if probes is not None and measures_gradients(graph):
+                self.leaf = probes.leaf(requires_grad=True)
+                self.inputs = (*inputs, self.leaf, *tensors)
+                outputs = annotate(self.module, self.inputs)
+        self.output_grads = tuple(meta.requires_grad for meta in outputs)[: len(outputs) - (probes is not None)]
         self.key = KernelKey.of(
             graph=canonical(graph, self.module),
             inputs=[meta.describe() for meta in self.inputs],
@@ -118,21 +133,25 @@ class Template:
         self._lock = ForkSafeLock()
         self._touching = ForkSafeLock()
 
-    def variant(self, grads: Sequence[bool], bodies: Sequence[BodyGraph | None]) -> Variant:
+    def variant(
+        self, grads: Sequence[bool], bodies: Sequence[BodyGraph | None], probes: Probes | None = None
+    ) -> Variant:
         """The variant for these; made where it is not known, which takes milliseconds."""
-        known = self.known_variant(grads, bodies)
+        known = self.known_variant(grads, bodies, probes)
         if known is not None:
             return known
         with self._lock:
-            identity = _identity(grads, bodies)
+            identity = _identity(grads, bodies, probes)
             variant = self._variants.get(identity)
             if variant is None:
-                variant = self._variants[identity] = Variant(self, grads, bodies)
+                variant = self._variants[identity] = Variant(self, grads, bodies, probes)
             return self._touched(variant)
 
-    def known_variant(self, grads: Sequence[bool], bodies: Sequence[BodyGraph | None]) -> Variant | None:
+    def known_variant(
+        self, grads: Sequence[bool], bodies: Sequence[BodyGraph | None], probes: Probes | None = None
+    ) -> Variant | None:
         """The variant for these if it is known: those that are in use are, and the last few that were asked for. Fast."""
-        variant = self._variants.get(_identity(grads, bodies))
+        variant = self._variants.get(_identity(grads, bodies, probes))
         return None if variant is None else self._touched(variant)
 
     def _touched(self, variant: Variant) -> Variant:
@@ -144,8 +163,8 @@ class Template:
         return variant
 
 
-def _identity(grads: Sequence[bool], bodies: Sequence[BodyGraph | None]) -> tuple[Any, ...]:
-    return (tuple(grads), tuple(None if body is None else body.identity for body in bodies))
+def _identity(grads: Sequence[bool], bodies: Sequence[BodyGraph | None], probes: Probes | None) -> tuple[Any, ...]:
+    return (tuple(grads), tuple(None if body is None else body.identity for body in bodies), probes)
 
 
 @dataclass(frozen=True)

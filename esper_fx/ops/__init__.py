@@ -7,13 +7,20 @@ from __future__ import annotations
 
 from esper_fx.ops.digest import source_digest
 from esper_fx.ops.seed import (
-    GRAPH_FUNCTIONS,
     SeedHost,
     hosts,
     reads_source,
     seed_forward,
     seed_input,
     seed_output,
+)
+
+#: Functions of ours that appear in the graphs of regions, by qualified name.
+GRAPH_FUNCTIONS = (
+    "esper_fx.ops.seed.seed_input",
+    "esper_fx.ops.seed.seed_output",
+    "esper_fx.ops.probe.site_values",
+    "esper_fx.ops.probe.site_gradient",
 )
 
 __all__ = [

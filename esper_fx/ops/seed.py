@@ -137,7 +137,3 @@ def _seed_fake(
     x: Tensor, alpha: Tensor, gate: Tensor, model: int, site: int, training: bool, source: Tensor | None = None
 ) -> Tensor:
     return torch.empty_like(x)
-
-
-#: Functions of ours that appear in region graphs, by qualified name.
-GRAPH_FUNCTIONS = tuple(f"{f.__module__}.{f.__name__}" for f in (seed_input, seed_output))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,15 +17,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 
 from esper_fx._torch import storage_id
-from esper_fx.engine.build import Ambient
-from esper_fx.engine.plan import Executable, Layout, Plan, Slot
-from esper_fx.engine.region import Variant
+from esper_fx.engine.plan import Layout
 from esper_fx.passes import partition
 from esper_fx.passes.canonical import qualified_name
 from esper_fx.passes.propagate import Effects, propagate
 from esper_fx.passes.record import TensorMeta, record
 from tests.support import programs
 from tests.support.examples import examples
+from tests.support.plans import Scale, ambient, gradients_of, run_plan
 from tests.support.programs import Host, Instruction, instructions
 
 
@@ -307,71 +306,6 @@ def test_labels_tell_operations_shapes_and_dtypes_apart() -> None:
 
 
 # Layout: the regions of a plan are the program.
-
-
-class Scale(nn.Module):
-    """A body with a parameter and a buffer."""
-
-    def __init__(self, seed: int, reads_source: bool = False) -> None:
-        super().__init__()
-        self.reads_source = reads_source
-        generator = torch.Generator().manual_seed(seed)
-        self.weight = nn.Parameter(torch.randn(4, 4, generator=generator))
-        self.register_buffer("shift", torch.randn(4, generator=generator))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.tanh(x @ self.weight) + self.shift
-
-
-class StandIn:
-    """What an executable needs of a seed."""
-
-    def __init__(self, body: Scale, alpha: Tensor, gate: Tensor) -> None:
-        self.tensors = [alpha, gate, body.weight, body.shift]
-
-    def kernel_inputs(self) -> Callable[[], list[Tensor]]:
-        return lambda: self.tensors
-
-
-@cache
-def ambient() -> Ambient:
-    return Ambient.current()
-
-
-def run_plan(layout: Layout, plan: Plan, args: list[Tensor], bodies: dict[int, Scale]) -> Any:
-    recorded = tuple(
-        record(bodies[slot.site], what_is_read(slot, bodies[slot.site]), training=slot.training)
-        if slot.site in bodies
-        else None
-        for slot in layout.slots
-    )
-    variants = layout.variants(plan, recorded)
-    assert variants is not None
-    assert layout.variants(plan, recorded, known=True) == variants
-    seeds: list[Any] = [
-        StandIn(bodies[s.site], args[3][s.site], args[4][s.site]) if s.site in bodies else None for s in layout.slots
-    ]
-    return Executable(plan, [partial(checked, variant) for variant in variants], seeds, recorded)(args)
-
-
-def what_is_read(slot: Slot, body: Scale) -> TensorMeta:
-    meta = slot.input_of(body)
-    assert meta is not None
-    return meta
-
-
-def checked(variant: Variant, *values: Tensor) -> Any:
-    """Run a variant as a kernel that was compiled for its inputs would, which must then be as announced."""
-    assert [TensorMeta.of(value) for value in values] == list(variant.inputs)
-    results = variant.module(*values)
-    assert [result.requires_grad for result in results] == list(variant.output_grads)
-    return results
-
-
-def gradients_of(outputs: Any, leaves: list[Tensor]) -> list[Tensor | None]:
-    loss = sum((value * (i + 1)).sum() for i, value in enumerate(outputs[:2]))
-    assert isinstance(loss, Tensor)
-    return list(torch.autograd.grad(loss, leaves, allow_unused=True)) if loss.requires_grad else [None] * len(leaves)
 
 
 @examples(20)

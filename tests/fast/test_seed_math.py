@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from esper_fx import ops
+from esper_fx.ops import probe
+from esper_fx.passes.canonical import qualified_name
 
 BAD = {
     "inf": lambda x: x / 0.0,
@@ -173,4 +175,5 @@ def test_without_data_the_operator_is_shaped_like_its_input() -> None:
 def test_the_digest_follows_the_source_and_the_functions_are_named() -> None:
     assert len(ops.source_digest()) == 64
     assert ops.source_digest() == ops.source_digest()
-    assert ops.GRAPH_FUNCTIONS == ("esper_fx.ops.seed.seed_input", "esper_fx.ops.seed.seed_output")
+    functions = (ops.seed_input, ops.seed_output, probe.site_values, probe.site_gradient)
+    assert tuple(qualified_name(function) for function in functions) == ops.GRAPH_FUNCTIONS

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from esper_fx.errors import LifecycleError
 from esper_fx.lifecycle import Stage
 from esper_fx.state import FIELDS, MAX_SCHEDULE_STEPS, KasminaStateLayout, StateError
+from esper_fx.state_fields import MEASURED
 
 KINDS = ("constant", "linear", "cosine")
 alphas = st.floats(-100, 100, width=32, allow_subnormal=False)
@@ -435,9 +436,9 @@ def test_a_state_born_on_meta_starts_with_dormant_seeds() -> None:
     assert state.alpha.is_meta
     state.to_empty(device="cpu")
     for row in (state.rows(0), state.rows(1)):
-        assert row["health"] != row["health"]
-        assert {k: v for k, v in row.items() if k != "health"} == {
-            field: value for field, (_, value) in FIELDS.items() if field != "health"
+        assert [field for field in row if math.isnan(row[field])] == list(MEASURED)
+        assert {k: v for k, v in row.items() if k not in MEASURED} == {
+            field: value for field, (_, value) in FIELDS.items() if field not in MEASURED
         }
 
 

@@ -1,0 +1,190 @@
+"""Watch a model: measure at its sites in some of its steps, and tell those who want to know."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from esper_fx._torch import uncompiled
+from esper_fx.errors import TelemetryError
+from esper_fx.telemetry.records import SiteRecord, records_of
+from esper_fx.telemetry.smoothing import measurements, merge_gradients, merge_values, smoothed
+
+if TYPE_CHECKING:
+    from esper_fx.growth import Growth
+    from esper_fx.model import MorphableModel
+
+logger = logging.getLogger(__name__)
+
+Subscriber = Callable[[list[SiteRecord]], object]
+
+
+def watch(model: MorphableModel, *, every: int = 50, decay: float = 0.9) -> Watch:
+    """Measure at the sites of a model from now on, in every so many training steps.
+
+    A compiled model gets kernels with probes for that, made beside training as all others are; steps are measured once they
+    are ready, and the other steps run without probes. What is measured is in ``seed.health`` and in what
+    :func:`esper_fx.telemetry.records` returns, from the step after the measured one.
+
+    Args:
+        model: A morphed model, or what `torch.compile` has made of one.
+        every: Training steps from one that is measured to the next, 1 or more.
+        decay: How much of what was known before stays when a step has been measured, from 0 (nothing) to below 1.
+
+    Returns:
+        What ends it, and what takes subscribers.
+
+    Raises:
+        TelemetryError: This is no morphed model, a number is out of range, or the model is watched already.
+    """
+    from esper_fx.model import MorphableModel
+
+    target = uncompiled(model)
+    if not isinstance(target, MorphableModel):
+        raise TelemetryError(f"watch() needs a morphed model, not a {type(target).__name__}; call esper_fx.morph first")
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        raise TelemetryError(f"watch(every={every!r}): expected a whole number of steps, 1 or more")
+    if isinstance(decay, bool) or not isinstance(decay, int | float) or not 0 <= decay < 1:
+        raise TelemetryError(f"watch(decay={decay!r}): expected a number from 0 to below 1")
+    if target.growth.sampler is not None:
+        raise TelemetryError("this model is watched already; call close() on what watch() returned first")
+    return Watch(target.growth, every, float(decay))
+
+
+class Watch:
+    """Takes what is measured at a model's sites; a context manager that ends with its block.
+
+    Attributes:
+        every: Training steps from one that is measured to the next.
+        decay: Weight of what was known before.
+        sampling: Whether the step that is under way is measured.
+    """
+
+    def __init__(self, growth: Growth, every: int, decay: float) -> None:
+        self.every = every
+        self.decay = decay
+        self.sampling = False
+        self._growth = weakref.ref(growth)
+        self._subscribers: list[Subscriber] = []
+        self._taken: list[tuple[tuple[int, ...], Tensor, Tensor | None]] = []
+        self._clock = -1  # of what was taken
+        self._unsaid = False
+        self._places: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
+        growth.sampler = self
+        growth.changes.kick()
+
+    def subscribe(self, subscriber: Subscriber) -> Callable[[], None]:
+        """Call ``subscriber`` with all records after every step that was measured; returns what ends that.
+
+        It is called on the thread that trains, between two steps: it should hand long work to another thread. An error that
+        it raises is logged, and it is called no more.
+        """
+        self._subscribers.append(subscriber)
+
+        def unsubscribe() -> None:
+            if subscriber in self._subscribers:
+                self._subscribers.remove(subscriber)
+
+        return unsubscribe
+
+    def flush(self) -> None:
+        """Take in the last measured step now; call it between steps, after the last one for example."""
+        if self._taken:
+            self._take_in()
+
+    def close(self) -> None:
+        """Measure no more, after taking in the last measured step; what was measured stays."""
+        growth = self._growth()
+        if growth is not None and growth.sampler is self:
+            self.flush()
+            self.sampling = False
+            growth.sampler = None
+            for program in list(growth.changes.programs):
+                program.drop_probes()
+
+    def __enter__(self) -> Watch:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # For the engine.
+
+    def begin_step(self, clock: int) -> None:
+        """A step begins: what the last measured one has brought is taken in once its backward pass is over."""
+        growth = self._growth()
+        due = clock % self.every == 0 and clock != self._clock
+        if growth is not None and growth.attachment is not None:
+            due = due and torch.is_grad_enabled()  # an evaluation takes the place of no training step
+        if self._taken and (due or clock > self._clock + 1 or all(map(_arrived, self._taken))):
+            self._take_in()
+        self.sampling = due
+        if self._unsaid:
+            self._tell()
+
+    def take(self, seeds: tuple[int, ...], values: Tensor, leaf: Tensor | None) -> None:
+        """See :class:`esper_fx.engine.probes.Sampler`."""
+        growth = self._growth()
+        if growth is not None:
+            self._clock = growth.clock
+            self._taken.append((seeds, values, leaf))
+
+    def _take_in(self) -> None:
+        taken, self._taken = self._taken, []
+        growth = self._growth()
+        if growth is None:
+            return
+        with torch.no_grad():
+            self._write(growth, taken)
+        self._unsaid = True
+        self._tell()
+
+    def _tell(self) -> None:
+        """Tell subscribers, once the host has what was measured."""
+        growth = self._growth()
+        if growth is None or not growth.state.arrived:
+            return
+        self._unsaid = False
+        for subscriber in list(self._subscribers):
+            try:
+                subscriber(records_of(growth))
+            except Exception:
+                logger.exception("a subscriber to telemetry failed; it is called no more")
+                self._subscribers.remove(subscriber)
+
+    def _write(self, growth: Growth, taken: list[tuple[tuple[int, ...], Tensor, Tensor | None]]) -> None:
+        state, n = growth.state, growth.state.n_seeds
+        device = state.step.device
+        seeds = torch.cat([self._place(rows, device) for rows, _, _ in taken])
+        values = merge_values(seeds, torch.cat([table.to(device) for _, table, _ in taken]), n)
+        brought = [(rows, leaf.grad) for rows, _, leaf in taken if leaf is not None and leaf.grad is not None]
+        gradients, has_gradient = values.new_zeros(n, 4), torch.zeros(n, dtype=torch.bool, device=device)
+        if brought:
+            places = torch.cat([self._place(rows, device) for rows, _ in brought])
+            gradients = merge_gradients(places, torch.cat([table.to(device) for _, table in brought]), n)
+            has_gradient[places] = True
+        table = measurements(values, gradients, has_gradient)
+        sampled = values.new_zeros(n, dtype=torch.bool).index_fill_(0, seeds, True)
+        fields: dict[str, Any] = dict(smoothed(dict(state.named_buffers()), table, self.decay))
+        fields["samples"] = state.samples + sampled
+        fields["sampled_at"] = torch.where(sampled, self._clock, state.sampled_at)
+        state.record(fields)
+
+    def _place(self, seeds: tuple[int, ...], device: torch.device) -> Tensor:
+        """Their places as a tensor, made once: making it waits for a GPU."""
+        if (seeds, device) not in self._places:
+            self._places[seeds, device] = torch.tensor(seeds, device=device)
+        return self._places[seeds, device]
+
+
+def _arrived(taken: tuple[tuple[int, ...], Tensor, Tensor | None]) -> bool:
+    leaf = taken[2]
+    return leaf is None or leaf.grad is not None
