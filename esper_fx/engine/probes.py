@@ -31,6 +31,28 @@ class Probes:
         return TensorMeta((len(self.gradients), fields), (fields, 1), torch.float64, self.device, requires_grad)
 
 
+@dataclass(frozen=True, eq=False)
+class Taken:
+    """What a region has measured, and will have when its backward pass is over.
+
+    Attributes:
+        seeds: For each row the seed, by its place in the state arrays.
+        values: Float64 ``[len(seeds), len(VALUES)]``.
+        leaf: Its gradient, float64 ``[len(seeds), len(GRADIENTS)]``, comes with the backward pass; None where none comes.
+        rows: Which rows of that gradient are measured.
+    """
+
+    seeds: tuple[int, ...]
+    values: Tensor
+    leaf: Tensor | None
+    rows: tuple[int, ...]
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing more comes."""
+        return self.leaf is None or self.leaf.grad is not None
+
+
 class Sampler(Protocol):
     """Takes what is measured at the sites of one model.
 
@@ -47,14 +69,8 @@ class Sampler(Protocol):
             clock: Training steps seen.
         """
 
-    def take(self, seeds: tuple[int, ...], values: Tensor, leaf: Tensor | None) -> None:
-        """Keep what a region has measured.
-
-        Args:
-            seeds: For each row the seed, by its place in the state arrays.
-            values: Float64 ``[len(seeds), len(VALUES)]``.
-            leaf: Its gradient, float64 ``[len(seeds), len(GRADIENTS)]``, comes with the backward pass; None where none comes.
-        """
+    def take(self, taken: Taken) -> None:
+        """Keep what a region has measured."""
 
 
 class ProbedKernel:
@@ -64,15 +80,25 @@ class ProbedKernel:
         kernel: It.
         leaf: What it takes for gradients' measurements.
         place: Where among its inputs, which are the region's own before and the bodies' tensors after.
+        rows: For which of its sites these are made.
         seeds: For each site of the region its seed, by its place in the state arrays.
         sampler: Takes what is measured.
     """
 
-    def __init__(self, kernel: Any, leaf: TensorMeta, place: int, seeds: Sequence[int], sampler: Sampler) -> None:
+    def __init__(
+        self,
+        kernel: Any,
+        leaf: TensorMeta,
+        place: int,
+        seeds: Sequence[int],
+        rows: Sequence[int],
+        sampler: Sampler,
+    ) -> None:
         self._kernel = kernel
         self._leaf = leaf
         self._place = place
         self._seeds = tuple(seeds)
+        self._rows = tuple(rows)
         self._sampler = sampler
 
     def __call__(self, *values: Any) -> Sequence[Any]:
@@ -80,7 +106,7 @@ class ProbedKernel:
         leaf = torch.zeros(self._leaf.shape, dtype=self._leaf.dtype, device=self._leaf.device)
         leaf.requires_grad_(self._leaf.requires_grad)
         *results, measured = self._kernel(*values[: self._place], leaf, *values[self._place :])
-        self._sampler.take(self._seeds, measured, leaf if leaf.requires_grad else None)
+        self._sampler.take(Taken(self._seeds, measured, leaf if leaf.requires_grad else None, self._rows))
         return results
 
 
@@ -97,7 +123,7 @@ def measure_eagerly(sampler: Sampler, seed: int, x: Tensor, y: Tensor) -> Tensor
     """
     values = site_values(x, y).unsqueeze(0)
     if not (y.requires_grad and torch.is_grad_enabled()):
-        sampler.take((seed,), values, None)
+        sampler.take(Taken((seed,), values, None, ()))
         return y
     leaf = torch.zeros(1, len(GRADIENTS), dtype=torch.float64, device=y.device)
     before, after = x.detach(), y.detach()
@@ -111,7 +137,7 @@ def measure_eagerly(sampler: Sampler, seed: int, x: Tensor, y: Tensor) -> Tensor
 
     through = y.view_as(y)  # users of the seed, and not those of the value before it
     through.register_hook(measure)
-    sampler.take((seed,), values, leaf)
+    sampler.take(Taken((seed,), values, leaf, (0,)))
     return through
 
 

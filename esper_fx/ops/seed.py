@@ -121,7 +121,7 @@ def _seed_eager(
     x: Tensor, alpha: Tensor, gate: Tensor, model: int, site: int, training: bool, source: Tensor | None = None
 ) -> Tensor:
     if isinstance(x, FakeTensor) or x.is_meta:
-        return torch.empty_like(x).requires_grad_(x.requires_grad)
+        return x.clone()  # no leaf, or else Dynamo would refuse to change it in place
     host = hosts.get(model)
     if host is None:
         raise RuntimeError(f"esper::seed was called for model {model}, which no longer exists")

@@ -13,10 +13,12 @@ from torch import Tensor
 
 from esper_fx._torch import uncompiled
 from esper_fx.errors import TelemetryError
+from esper_fx.ops.probe import GRADIENTS
 from esper_fx.telemetry.records import SiteRecord, records_of
 from esper_fx.telemetry.smoothing import measurements, merge_gradients, merge_values, smoothed
 
 if TYPE_CHECKING:
+    from esper_fx.engine.probes import Taken
     from esper_fx.growth import Growth
     from esper_fx.model import MorphableModel
 
@@ -72,10 +74,10 @@ class Watch:
         self.sampling = False
         self._growth = weakref.ref(growth)
         self._subscribers: list[Subscriber] = []
-        self._taken: list[tuple[tuple[int, ...], Tensor, Tensor | None]] = []
+        self._taken: list[Taken] = []
         self._clock = -1  # of what was taken
         self._unsaid = False
-        self._places: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
+        self._tensors: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
         growth.sampler = self
         growth.changes.kick()
 
@@ -124,18 +126,18 @@ class Watch:
         due = clock % self.every == 0 and clock != self._clock
         if growth is not None and growth.attachment is not None:
             due = due and torch.is_grad_enabled()  # an evaluation takes the place of no training step
-        if self._taken and (due or clock > self._clock + 1 or all(map(_arrived, self._taken))):
+        if self._taken and (due or clock > self._clock + 1 or all(taken.complete for taken in self._taken)):
             self._take_in()
         self.sampling = due
         if self._unsaid:
             self._tell()
 
-    def take(self, seeds: tuple[int, ...], values: Tensor, leaf: Tensor | None) -> None:
-        """See :class:`esper_fx.engine.probes.Sampler`."""
+    def take(self, taken: Taken) -> None:
+        """Keep what a region has measured until its backward pass is over."""
         growth = self._growth()
         if growth is not None:
             self._clock = growth.clock
-            self._taken.append((seeds, values, leaf))
+            self._taken.append(taken)
 
     def _take_in(self) -> None:
         taken, self._taken = self._taken, []
@@ -160,17 +162,21 @@ class Watch:
                 logger.exception("a subscriber to telemetry failed; it is called no more")
                 self._subscribers.remove(subscriber)
 
-    def _write(self, growth: Growth, taken: list[tuple[tuple[int, ...], Tensor, Tensor | None]]) -> None:
+    def _write(self, growth: Growth, taken: list[Taken]) -> None:
         state, n = growth.state, growth.state.n_seeds
         device = state.step.device
-        seeds = torch.cat([self._place(rows, device) for rows, _, _ in taken])
-        values = merge_values(seeds, torch.cat([table.to(device) for _, table, _ in taken]), n)
-        brought = [(rows, leaf.grad) for rows, _, leaf in taken if leaf is not None and leaf.grad is not None]
-        gradients, has_gradient = values.new_zeros(n, 4), torch.zeros(n, dtype=torch.bool, device=device)
-        if brought:
-            places = torch.cat([self._place(rows, device) for rows, _ in brought])
-            gradients = merge_gradients(places, torch.cat([table.to(device) for _, table in brought]), n)
-            has_gradient[places] = True
+        seeds = torch.cat([self._numbers(part.seeds, device) for part in taken])
+        values = merge_values(seeds, torch.cat([part.values.to(device) for part in taken]), n)
+        gradients, has_gradient = values.new_zeros(n, len(GRADIENTS)), torch.zeros(n, dtype=torch.bool, device=device)
+        tables, places = [], []
+        for part in taken:
+            if part.leaf is not None and part.leaf.grad is not None and part.rows:
+                rows = self._numbers(part.rows, part.leaf.device)
+                tables.append(part.leaf.grad.index_select(0, rows).to(device))
+                places.append(self._numbers(tuple(part.seeds[row] for row in part.rows), device))
+        if tables:
+            gradients = merge_gradients(torch.cat(places), torch.cat(tables), n)
+            has_gradient.index_fill_(0, torch.cat(places), True)
         table = measurements(values, gradients, has_gradient)
         sampled = values.new_zeros(n, dtype=torch.bool).index_fill_(0, seeds, True)
         fields: dict[str, Any] = dict(smoothed(dict(state.named_buffers()), table, self.decay))
@@ -178,13 +184,8 @@ class Watch:
         fields["sampled_at"] = torch.where(sampled, self._clock, state.sampled_at)
         state.record(fields)
 
-    def _place(self, seeds: tuple[int, ...], device: torch.device) -> Tensor:
-        """Their places as a tensor, made once: making it waits for a GPU."""
-        if (seeds, device) not in self._places:
-            self._places[seeds, device] = torch.tensor(seeds, device=device)
-        return self._places[seeds, device]
-
-
-def _arrived(taken: tuple[tuple[int, ...], Tensor, Tensor | None]) -> bool:
-    leaf = taken[2]
-    return leaf is None or leaf.grad is not None
+    def _numbers(self, numbers: tuple[int, ...], device: torch.device) -> Tensor:
+        """Numbers as a tensor, made once: making it waits for a GPU."""
+        if (numbers, device) not in self._tensors:
+            self._tensors[numbers, device] = torch.tensor(numbers, device=device)
+        return self._tensors[numbers, device]

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from esper_fx import ops
 from esper_fx.engine.plan import Layout
+from esper_fx.engine.probes import Taken
 from esper_fx.ops.probe import GRADIENTS, VALUES
 from esper_fx.passes.instrument import instrument
 from esper_fx.passes.specialize import specialize
@@ -20,22 +21,22 @@ from tests.support.plans import Scale, ambient, gradients_of, run_plan
 from tests.support.programs import SEED, Host, Instruction, instructions
 
 
-class Taken:
+class Keeper:
     """A sampler that keeps what it is given."""
 
     sampling = True
 
     def __init__(self) -> None:
         self.values: dict[int, Tensor] = {}
-        self.leaves: list[tuple[tuple[int, ...], Tensor]] = []
+        self.parts: list[Taken] = []
 
     def begin_step(self, clock: int) -> None: ...
 
-    def take(self, seeds: tuple[int, ...], values: Tensor, leaf: Tensor | None) -> None:
-        assert values.dtype == torch.float64
-        self.values |= dict(zip(seeds, values, strict=True))
-        if leaf is not None:
-            self.leaves.append((seeds, leaf))
+    def take(self, taken: Taken) -> None:
+        assert taken.values.dtype == torch.float64
+        self.values |= dict(zip(taken.seeds, taken.values, strict=True))
+        if taken.leaf is not None:
+            self.parts.append(taken)
 
 
 class Recorder(Host):
@@ -60,7 +61,9 @@ def values_of(x: Tensor, y: Tensor) -> Tensor:
     """What `VALUES` says, of finite values."""
     m2 = (x - x.mean()).square().sum()
     assert len(VALUES) == 6
-    return torch.stack([torch.tensor(float(x.numel())), x.mean(), m2, x.abs().max(), x.new_zeros(()), (y - x).norm() ** 2])
+    return torch.stack(
+        [torch.tensor(float(x.numel())), x.mean(), m2, x.abs().max(), x.new_zeros(()), (y - x).norm() ** 2]
+    )
 
 
 def gradient_of(g: Tensor, x: Tensor, y: Tensor) -> Tensor:
@@ -88,21 +91,21 @@ def test_probes_of_every_plan_measure_what_flows_and_change_nothing(
         assert "modified by an inplace operation" in str(error)
         return
     for plan in layout.plans:
-        taken = Taken()
-        outputs = run_plan(layout, plan, args, bodies, taken)
+        keeper = Keeper()
+        outputs = run_plan(layout, plan, args, bodies, keeper)
         assert torch.equal(outputs[0], expected[0])
         assert torch.equal(outputs[1], expected[1])
         assert [o.requires_grad for o in outputs[:2]] == [o.requires_grad for o in expected[:2]]
-        assert taken.values.keys() == host.values.keys()
-        for site, row in taken.values.items():
+        assert keeper.values.keys() == host.values.keys()
+        for site, row in keeper.values.items():
             torch.testing.assert_close(row, values_of(*host.values[site]), rtol=1e-6, atol=1e-9)
-        measured = gradients_of(outputs, [*leaves, *(leaf for _, leaf in taken.leaves)])
+        measured = gradients_of(outputs, [*leaves, *(part.leaf for part in keeper.parts if part.leaf is not None)])
         for mine, theirs in zip(measured, expected_gradients, strict=False):
             assert (mine is None) == (theirs is None)
             assert mine is None or torch.allclose(mine, theirs, rtol=1e-4, atol=1e-5)  # type: ignore[arg-type]
         rows: dict[int, Tensor] = defaultdict(lambda: torch.zeros(len(GRADIENTS), dtype=torch.float64))
-        for (seeds, _), table in zip(taken.leaves, measured[len(leaves) :], strict=True):
-            rows |= {} if table is None else dict(zip(seeds, table, strict=True))
+        for part, table in zip(keeper.parts, measured[len(leaves) :], strict=True):
+            rows |= {} if table is None else {part.seeds[row]: table[row] for row in part.rows}
         for site, gradient in host.gradients.items():
             expected_row = gradient_of(gradient, *host.values[site])
             torch.testing.assert_close(rows.pop(site), expected_row, rtol=1e-3, atol=1e-4)

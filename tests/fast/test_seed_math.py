@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from esper_fx import ops
 from esper_fx.ops import probe
@@ -170,6 +171,13 @@ def test_without_data_the_operator_is_shaped_like_its_input() -> None:
     x = torch.empty(2, 3, device="meta", dtype=torch.float64, requires_grad=True)
     y = torch.ops.esper.seed(x, x, x, 0, 0, False)
     assert (y.shape, y.dtype, y.device, y.requires_grad) == (x.shape, x.dtype, x.device, True)
+
+
+def test_what_the_operator_returns_while_it_is_traced_may_be_changed_in_place() -> None:
+    with FakeTensorMode():
+        x = torch.empty(2, 3, requires_grad=True)
+        y = torch.ops.esper.seed(x, x, x, 0, 0, False)
+        assert y.relu_().requires_grad
 
 
 def test_the_digest_follows_the_source_and_the_functions_are_named() -> None:

@@ -66,8 +66,10 @@ def run_plan(
     kernels: list[Any] = [partial(checked, variant) for variant in variants]
     for i, (variant, region) in enumerate(zip(variants, plan.regions, strict=True)):
         if variant.leaf is not None and sampler is not None:
-            sites = [layout.slots[slot].site for slot in region.slots]
-            kernels[i] = ProbedKernel(kernels[i], variant.leaf, len(region.inputs), sites, sampler)
+            slots = [layout.slots[slot] for slot in region.slots]
+            rows = [row for row, slot in enumerate(slots) if not slot.changed]
+            sites = [slot.site for slot in slots]
+            kernels[i] = ProbedKernel(kernels[i], variant.leaf, len(region.inputs), sites, rows, sampler)
     return Executable(plan, kernels, seeds, recorded)(args)
 
 

@@ -1,0 +1,477 @@
+"""Telemetry: what is measured in the steps that are watched, how it is kept, and that nothing else changes for it."""
+
+from __future__ import annotations
+
+import copy
+import io
+import itertools
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import esper_fx
+from esper_fx import telemetry
+from esper_fx.errors import TelemetryError
+from esper_fx.ops.probe import VALUES
+from esper_fx.ops.site_stats import reference
+from esper_fx.state_fields import MEASURED
+from esper_fx.telemetry.smoothing import merge_values, smoothed
+from tests.support.growing import grow
+
+Step = Callable[[], Tensor]
+
+
+class Run:
+    """A small network in float64 with sites after its two hidden layers, its data and its optimizer.
+
+    Attributes:
+        step: One training step; returns its loss.
+    """
+
+    def __init__(self, *, attach: bool = True, lr: float = 0.05) -> None:
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+        self.x, self.target = torch.randn(16, 6).double(), torch.randn(16, 1).double()
+        self.model = esper_fx.morph(self.net, sites=["1", "3"], example_inputs=(self.x,))
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=lr)
+        if attach:
+            esper_fx.attach(self.optimizer, self.model)
+
+    def loss(self) -> Tensor:
+        return (self.model(self.x) - self.target).square().mean()
+
+    def step(self) -> Tensor:
+        self.optimizer.zero_grad()
+        loss = self.loss()
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
+    def record(self, site: str = "3") -> telemetry.SiteRecord:
+        return next(record for record in telemetry.records(self.model) if record.site == site)
+
+
+def numbers(record: telemetry.SiteRecord) -> dict[str, float]:
+    return {field: getattr(record, field) for field in MEASURED}
+
+
+def by_hand(run: Run, site: str = "3") -> dict[str, float]:
+    """The same without esper_fx's probes: a body applied by hand between the layers, differentiated by autograd."""
+    seed, h = run.model.seeds[site], run.x
+    x = y = None
+    for i, layer in enumerate(run.net):
+        h = layer(h)
+        seed_here = run.model.seeds.get(str(i))
+        if seed_here is not None:
+            before = h
+            if seed_here.live and seed_here.body is not None:
+                h = h + seed_here.alpha * seed_here.body(h)
+            if str(i) == site:
+                x, y = before, h
+    assert x is not None
+    assert y is not None
+    (g,) = torch.autograd.grad((h - run.target).square().mean(), y)
+    x, y = x.detach(), y.detach()
+    changed = seed.live and seed.alpha != 0
+    return {
+        "health": -float((g * (y - x)).sum()) if changed else math.nan,
+        "value_mean": float(x.mean()),
+        "value_std": float(x.std(correction=0)),
+        "value_absmax": float(x.abs().max()),
+        "nonfinite": 0.0,
+        "change": float((y - x).norm() / x.norm()),
+        "grad_rms": float(g.square().mean().sqrt()),
+        "grad_absmax": float(g.abs().max()),
+        "grad_value": float((g * x).sum()),
+    }
+
+
+# What is measured.
+
+
+@pytest.mark.parametrize("site", ["1", "3"])
+@pytest.mark.parametrize("grown", [False, True])
+def test_what_is_measured_is_what_flows_through_the_site(site: str, grown: bool) -> None:
+    run = Run()
+    if grown:
+        grow(run.model, "3", "bottleneck", width=3, alpha=0.5)
+    with telemetry.watch(run.model, every=1):
+        expected = by_hand(run, site)
+        run.step()
+    record = run.record(site)
+    assert numbers(record) == pytest.approx(expected, rel=1e-6, abs=1e-12, nan_ok=True)
+    assert (record.samples, record.stage) == (1, "ACTIVE" if grown and site == "3" else "DORMANT")
+    assert record.health == pytest.approx(run.model.seeds[site].health, nan_ok=True)
+
+
+def test_health_is_what_the_loss_would_rise_by_without_the_body() -> None:
+    run = Run()
+    seed = grow(run.model, "3", "bottleneck", width=3, alpha=1e-4)
+    with telemetry.watch(run.model, every=1):
+        run.step()
+    run = Run()
+    seed = grow(run.model, "3", "bottleneck", width=3, alpha=1e-4)
+    before = run.loss().item()
+    run.model.state.write(seed.index, alpha=0.0)
+    rise = run.loss().item() - before
+    run.model.state.write(seed.index, alpha=1e-4)
+    with telemetry.watch(run.model, every=1):
+        run.step()
+    assert abs(rise) > 1e-7
+    assert seed.health == pytest.approx(rise, rel=1e-3)
+
+
+def test_a_body_that_returns_infinity_at_alpha_0_changes_nothing() -> None:
+    run = Run()
+    seed = grow(run.model, "3", "affine", alpha=0.0)
+    assert seed.body is not None
+    with torch.no_grad():
+        next(seed.body.parameters()).fill_(math.inf)
+    with telemetry.watch(run.model, every=1):
+        run.loss().backward()
+    assert run.record().change == 0.0
+    assert math.isnan(run.record().health)
+
+
+def test_values_that_are_not_finite_are_counted_and_left_out() -> None:
+    run = Run()
+    run.x[0] = math.nan
+    with telemetry.watch(run.model, every=1):
+        run.loss().backward()
+    record = run.record("1")
+    assert record.nonfinite == 8
+    assert math.isfinite(record.value_mean)
+    assert math.isnan(record.grad_rms)  # its gradient is not finite, so it tells nothing
+
+
+def test_a_site_that_is_visited_twice_is_one() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h: Tensor = self.layer(torch.tanh(self.layer(x)))
+            return h
+
+    x = torch.randn(5, 4)
+    net = Twice()
+    model = esper_fx.morph(net, sites="layer", example_inputs=(x,))
+    with telemetry.watch(model, every=1):
+        model(x).sum().backward()
+    first = net.layer(x)
+    second = net.layer(torch.tanh(first))
+    both = torch.cat([first, second]).detach().double()
+    (record,) = telemetry.records(model)
+    assert record.samples == 1
+    assert record.value_mean == pytest.approx(both.mean().item(), rel=1e-5)
+    assert record.value_std == pytest.approx(both.std(correction=0).item(), rel=1e-5)
+    assert record.value_absmax == pytest.approx(both.abs().max().item(), rel=1e-6)
+    (g,) = torch.autograd.grad(second.sum(), first)
+    every = torch.cat([g, torch.ones_like(g)]).double()
+    assert record.grad_rms == pytest.approx(every.square().mean().sqrt().item(), rel=1e-5)
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(1, 5)), min_size=1, max_size=6), st.integers(0, 100))
+def test_rows_of_one_seed_merge_to_the_statistics_of_all_its_values(rows: list[tuple[int, int]], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    values = [torch.randn(size, generator=generator).double() * 3 + 1e3 for _, size in rows]
+    table = torch.stack([torch.cat([reference(value), value.sum().reshape(1)]) for value in values])
+    merged = merge_values(torch.tensor([i for i, _ in rows]), table, 3)
+    for i in range(3):
+        mine = [value for (j, _), value in zip(rows, values, strict=True) if i == j]
+        whole = torch.cat([*mine, torch.zeros(0).double()])
+        expected = torch.cat([reference(whole), whole.sum().reshape(1)])
+        torch.testing.assert_close(merged[i], expected, rtol=1e-9, atol=1e-9)
+    assert merged.shape == (3, len(VALUES))
+
+
+@given(st.lists(st.floats(allow_nan=True, width=32), min_size=1, max_size=8), st.floats(0, 0.99))
+def test_smoothing_is_a_moving_average_of_what_is_finite(series: list[float], decay: float) -> None:
+    fields = {field: torch.full((1,), math.nan) for field in MEASURED}
+    average = math.nan
+    for value in series:
+        table = torch.full((len(MEASURED), 1), value, dtype=torch.float64)
+        fields = {field: new.float() for field, new in smoothed(fields, table, decay).items()}
+        if math.isfinite(value):
+            average = value if math.isnan(average) else decay * average + (1 - decay) * value
+    for field in MEASURED:
+        assert fields[field].item() == pytest.approx(average, rel=1e-5, abs=1e-30, nan_ok=True)
+
+
+# Which steps.
+
+
+def test_only_every_so_many_training_steps_are_measured() -> None:
+    run = Run()
+    told: list[int] = []
+    with telemetry.watch(run.model, every=3) as watch:
+        watch.subscribe(lambda records: told.append(records[0].sampled_at))
+        for _ in range(8):
+            run.step()
+    assert told == [0, 3, 6]
+    assert run.record().samples == 3
+
+
+def test_an_evaluation_takes_the_place_of_no_training_step() -> None:
+    run = Run()
+    with telemetry.watch(run.model, every=1, decay=0.0):
+        with torch.no_grad():
+            run.loss()
+        expected = by_hand(run)
+        run.step()
+        with torch.no_grad():
+            run.loss()
+    assert run.record().grad_rms == pytest.approx(expected["grad_rms"])
+    assert run.record().samples == 1
+
+
+def test_a_model_that_serves_is_measured_without_gradients() -> None:
+    run = Run(attach=False)
+    with telemetry.watch(run.model, every=2), torch.inference_mode():
+        for _ in range(4):
+            run.loss()
+    record = run.record()
+    assert record.samples == 2
+    assert record.value_mean == pytest.approx(by_hand(run)["value_mean"])
+    assert math.isnan(record.grad_rms)
+
+
+def test_an_update_from_several_forward_passes_is_measured_once() -> None:
+    run = Run()
+    with telemetry.watch(run.model, every=1):
+        (run.loss() + run.loss()).backward()
+        run.optimizer.step()
+        with torch.no_grad():
+            run.loss()
+    assert run.record().samples == 1
+    assert not math.isnan(run.record().grad_rms)
+
+
+def test_a_forward_pass_without_a_backward_pass_tells_of_values_only() -> None:
+    run = Run()
+    with telemetry.watch(run.model, every=1):
+        run.loss()
+        run.optimizer.step()
+        run.loss()
+        run.optimizer.step()
+    assert run.record().samples == 2
+    assert math.isnan(run.record().grad_rms)
+    assert not math.isnan(run.record().value_std)
+
+
+# Nothing else changes.
+
+
+@pytest.mark.parametrize("grown", [False, True])
+def test_training_is_the_same_to_the_bit(grown: bool) -> None:
+    runs = [Run(), Run()]
+    for run in runs:
+        if grown:
+            grow(run.model, "3", "bottleneck", width=3, alpha=0.5)
+    telemetry.watch(runs[0].model, every=1)
+    for _ in range(3):
+        first, second = (run.step() for run in runs)
+        assert torch.equal(first, second)
+    for mine, theirs in zip(runs[0].model.parameters(), runs[1].model.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_a_layer_that_works_in_place_after_a_site_trains_on() -> None:
+    x = torch.randn(4, 3)
+    net = nn.Sequential(nn.Linear(3, 3), nn.ReLU(inplace=True), nn.Linear(3, 3))
+    model = esper_fx.morph(net, sites="0", example_inputs=(x,))
+    with telemetry.watch(model, every=1):
+        model(x).sum().backward()
+    expected = torch.autograd.grad(net(x).sum(), list(net.parameters()))
+    for parameter, gradient in zip(net.parameters(), expected, strict=True):
+        assert parameter.grad is not None
+        assert torch.equal(parameter.grad, gradient)
+    (record,) = telemetry.records(model)
+    assert record.value_mean == pytest.approx(net[0](x).mean().item(), rel=1e-5)
+    assert math.isnan(record.grad_rms)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_forward_pass_that_is_repeated_for_the_backward_pass_is_not_measured(reentrant: bool) -> None:
+    run = Run()
+    run.x.requires_grad_()
+    plain = torch.autograd.grad(run.loss(), list(run.net.parameters()))
+    with telemetry.watch(run.model, every=1):
+        output = checkpoint(run.model, run.x, use_reentrant=reentrant)
+        (output - run.target).square().mean().backward()
+    for parameter, gradient in zip(run.net.parameters(), plain, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
+    assert math.isnan(run.record().grad_rms)
+
+
+def test_a_transform_of_the_model_is_not_measured() -> None:
+    run = Run()
+    parameters = dict(run.model.named_parameters())
+    with telemetry.watch(run.model, every=1):
+        torch.func.grad(lambda p: torch.func.functional_call(run.model, p, (run.x,)).sum())(parameters)
+    assert run.record().samples == 0
+
+
+# Its life.
+
+
+def test_a_body_that_is_new_has_no_health_yet() -> None:
+    run = Run()
+    seed = grow(run.model, "3", "bottleneck", width=3, alpha=0.5)
+    with telemetry.watch(run.model, every=1):
+        run.step()
+    assert not math.isnan(seed.health)
+    with esper_fx.configure(embargo_steps=0):
+        seed.prune()
+    run.step()
+    grow(run.model, "3", "affine")
+    assert math.isnan(seed.health)
+    assert math.isnan(run.record().change)
+    assert not math.isnan(run.record().value_std)
+
+
+def test_what_was_measured_is_saved_and_copied() -> None:
+    run = Run()
+    with telemetry.watch(run.model, every=1):
+        run.step()
+        copied = copy.deepcopy(run.model)
+    file = io.BytesIO()
+    torch.save(run.model.state_dict(), file)
+    file.seek(0)
+    other = Run().model
+    other.load_state_dict(torch.load(file, weights_only=True))
+    for mine, theirs in zip(telemetry.records(other), telemetry.records(run.model), strict=True):
+        assert mine.samples == 1
+        assert numbers(mine) == pytest.approx(numbers(theirs), nan_ok=True)
+    assert other.growth.sampler is None
+    assert copied.growth.sampler is None
+
+
+def test_a_checkpoint_from_before_there_was_telemetry_loads() -> None:
+    run = Run()
+    grow(run.model, "3", "affine")
+    saved = run.model.state_dict()
+    for key in [f"esper.state.{field}" for field in (*MEASURED, "samples", "sampled_at") if field != "health"]:
+        del saved[key]
+    other = Run()
+    with telemetry.watch(other.model, every=1):
+        other.step()
+    other.model.load_state_dict(saved)
+    assert other.model.seeds["3"].live
+    assert other.record().samples == 0
+    assert math.isnan(other.record().value_mean)
+
+
+def test_closing_takes_in_the_last_step_and_ends_it() -> None:
+    run = Run()
+    watch = telemetry.watch(run.model, every=1)
+    run.step()
+    watch.close()
+    run.step()
+    watch.close()
+    assert run.record().samples == 1
+    telemetry.watch(run.model).close()
+
+
+def test_without_subscribers_flush_makes_the_last_step_known() -> None:
+    run = Run()
+    watch = telemetry.watch(run.model, every=1)
+    run.step()
+    assert run.record().samples == 0
+    watch.flush()
+    assert run.record().samples == 1
+
+
+def test_a_subscriber_that_fails_is_called_no_more(caplog: pytest.LogCaptureFixture) -> None:
+    run, calls = Run(), []
+
+    def broken(records: list[telemetry.SiteRecord]) -> None:
+        calls.append(records)
+        raise ValueError("no space left")
+
+    with telemetry.watch(run.model, every=1) as watch:
+        watch.subscribe(broken)
+        end = watch.subscribe(calls.append)
+        run.step()
+        run.step()
+        assert len(calls) == 2
+        assert "a subscriber to telemetry failed; it is called no more" in caplog.text
+        run.step()
+        end()
+        end()
+        run.step()
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"every": 0}, "watch(every=0): expected a whole number of steps, 1 or more"),
+        ({"every": True}, "watch(every=True): expected a whole number of steps, 1 or more"),
+        ({"every": 2.5}, "watch(every=2.5): expected a whole number of steps, 1 or more"),
+        ({"decay": 1.0}, "watch(decay=1.0): expected a number from 0 to below 1"),
+        ({"decay": math.nan}, "watch(decay=nan): expected a number from 0 to below 1"),
+        ({"decay": "a"}, "watch(decay='a'): expected a number from 0 to below 1"),
+    ],
+)
+def test_bad_arguments_are_named(arguments: dict[str, Any], message: str) -> None:
+    model = Run().model
+    with pytest.raises(TelemetryError) as caught:
+        telemetry.watch(model, **arguments)
+    assert str(caught.value) == message
+    assert model.growth.sampler is None
+
+
+def test_what_cannot_be_watched_is_said() -> None:
+    run = Run()
+    with pytest.raises(TelemetryError, match=r"watch\(\) needs a morphed model, not a Sequential; call esper_fx.morph"):
+        telemetry.watch(run.net)  # type: ignore[arg-type]
+    telemetry.watch(run.model)
+    with pytest.raises(TelemetryError, match=r"watched already; call close\(\) on what watch\(\) returned first"):
+        telemetry.watch(run.model)
+
+
+# Where it goes.
+
+
+def test_json_lines_hold_every_record_and_null_for_what_is_unknown(tmp_path: Path) -> None:
+    run, path = Run(), tmp_path / "sites.jsonl"
+    with telemetry.watch(run.model, every=1) as watch:
+        watch.subscribe(telemetry.JsonLines(path))
+        for _ in range(2):
+            run.step()
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(line["site"], line["sampled_at"]) for line in lines] == list(itertools.product(("1", "3"), (0,))) + list(
+        itertools.product(("1", "3"), (1,))
+    )
+    assert lines[-1] == {**run.record().to_dict(), "health": None}
+    assert lines[-1]["health"] is None
+    with pytest.raises(FileNotFoundError):
+        telemetry.JsonLines(tmp_path / "no" / "sites.jsonl")
+
+
+def test_tensorboard_gets_what_is_known_by_the_clock() -> None:
+    written: dict[tuple[str, int], float] = {}
+
+    class Writer:
+        def add_scalar(self, tag: str, value: float, step: int) -> None:
+            written[tag, step] = value
+
+    run = Run()
+    with telemetry.watch(run.model, every=2, decay=0.0) as watch:
+        watch.subscribe(telemetry.TensorBoard(Writer()))
+        for _ in range(3):
+            run.step()
+    assert written["esper/3/value_std", 2] == run.record().value_std
+    assert ("esper/3/value_std", 0) in written
+    assert not any("health" in tag for tag, _ in written)
