@@ -48,8 +48,8 @@ class KasminaStateLayout(nn.Module):
         stage_since: int64, clock at which the seed entered its stage.
         embargo_until: int64, clock from which an embargoed seed may sleep again.
         germinations: int32, how often this site has germinated.
-        health, value_mean, value_std, value_absmax, nonfinite, change, grad_rms, grad_absmax, grad_value: float32, what
-            :mod:`esper_fx.telemetry` has measured, smoothed; NaN until then.
+        health, value_mean, value_std, value_absmax, nonfinite, change, grad_rms, grad_absmax, grad_value, potential:
+            float32, what :mod:`esper_fx.telemetry` has measured, smoothed; NaN until then.
         samples: int64, how often that was.
         sampled_at: int64, clock at which it was last, or -1.
         step: int64, 0-dim, the clock of the last `advance`.
@@ -78,6 +78,7 @@ class KasminaStateLayout(nn.Module):
     grad_rms: Tensor
     grad_absmax: Tensor
     grad_value: Tensor
+    potential: Tensor
     samples: Tensor
     sampled_at: Tensor
     step: Tensor

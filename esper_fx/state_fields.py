@@ -37,6 +37,7 @@ MEASURED = (
     "grad_rms",
     "grad_absmax",
     "grad_value",
+    "potential",
 )
 """What telemetry measures, smoothed; see :mod:`esper_fx.telemetry`. NaN until it is measured."""
 

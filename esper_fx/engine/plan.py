@@ -142,7 +142,12 @@ class Layout:
         return value
 
     def variants(
-        self, plan: Plan, assignment: Assignment, *, known: bool = False, probed: bool = False
+        self,
+        plan: Plan,
+        assignment: Assignment,
+        *,
+        known: bool = False,
+        probes: Sequence[Probes | None] | None = None,
     ) -> list[Variant] | None:
         """The variants that run ``plan`` with these bodies, each knowing which of its inputs need gradients.
 
@@ -150,15 +155,15 @@ class Layout:
             plan: One of ``plans``.
             assignment: For each slot its body, or None.
             known: Make no new variants: return None where one is missing. Fast.
-            probed: With probes at all sites.
+            probes: For each region its probes. Default: none.
         """
         grads = list(self.input_grads) + [False] * (plan.places - len(self.input_grads))
         result = []
-        for region in plan.regions:
+        for number, region in enumerate(plan.regions):
             bodies = [assignment[slot] for slot in region.slots]
             needed = [grads[place] for place in region.inputs]
             find = region.template.known_variant if known else region.template.variant
-            variant = find(needed, bodies, self._probes(region) if probed else None)
+            variant = find(needed, bodies, None if probes is None else probes[number])
             if variant is None:
                 return None
             for place, grad in zip(region.outputs, variant.output_grads, strict=True):
@@ -166,9 +171,21 @@ class Layout:
             result.append(variant)
         return result
 
-    def _probes(self, region: Region) -> Probes | None:
-        slots = [self.slots[slot] for slot in region.slots]
-        return Probes(tuple(not slot.changed for slot in slots), slots[0].value.device) if slots else None
+    def probes(self, plan: Plan, directions: int, dims: Sequence[int]) -> list[Probes | None]:
+        """For each region of a plan probes at all its sites, or None where it has none.
+
+        Args:
+            plan: One of ``plans``.
+            directions: How many directions sensors have; 0: there are none.
+            dims: For each slot the dimension that holds features.
+        """
+        result: list[Probes | None] = []
+        for region in plan.regions:
+            slots = [self.slots[slot] for slot in region.slots]
+            features = [(self.slots[slot].value.shape[dims[slot]], dims[slot]) for slot in region.slots]
+            gradients = tuple(not slot.changed for slot in slots)
+            result.append(Probes(slots[0].value.device, gradients, directions, tuple(features)) if slots else None)
+        return result
 
 
 @dataclass(frozen=True)

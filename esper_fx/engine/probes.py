@@ -9,7 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx
 
-from esper_fx.ops.probe import GRADIENTS, gradient_row, site_gradient, site_values
+from esper_fx.ops.probe import GRADIENTS, gradient_row, site_gradient, site_values, sketch
+from esper_fx.passes.instrument import instrument
 from esper_fx.passes.record import TensorMeta
 
 
@@ -18,17 +19,32 @@ class Probes:
     """The probes of a region.
 
     Attributes:
-        gradients: For each of its seeds whether the gradient at its site is measured too.
         device: Where its sites are.
+        gradients: For each of its seeds whether the gradient at its site is measured too.
+        directions: How many directions the sensors have that sit where gradients are measured; 0: there are none.
+        features: For each of its seeds how many features there are at its site, and in which dimension.
     """
 
-    gradients: tuple[bool, ...]
     device: torch.device
+    gradients: tuple[bool, ...]
+    directions: int = 0
+    features: tuple[tuple[int, int], ...] = ()
 
-    def leaf(self, requires_grad: bool = False) -> TensorMeta:
-        """What takes the gradients' measurements; see :mod:`esper_fx.ops.probe`."""
-        fields = len(GRADIENTS)
-        return TensorMeta((len(self.gradients), fields), (fields, 1), torch.float64, self.device, requires_grad)
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """Numbers of the seeds at whose sites the gradient is measured."""
+        return tuple(row for row, measured in enumerate(self.gradients) if measured)
+
+    def into(self, template: fx.Graph) -> fx.Graph:
+        """A copy of a region's template with these probes."""
+        return instrument(template, self.gradients, [dim for _, dim in self.features] if self.directions else ())
+
+    def leaves(self, requires_grad: bool = False) -> tuple[TensorMeta, ...]:
+        """What takes the gradients' measurements, then sketches; see :mod:`esper_fx.ops.probe`."""
+        shapes = [(len(self.gradients), len(GRADIENTS), torch.float64)]
+        if self.directions:
+            shapes += [(self.directions, self.features[row][0], torch.float32) for row in self.rows]
+        return tuple(TensorMeta((n, m), (m, 1), dtype, self.device, requires_grad) for n, m, dtype in shapes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,12 +56,14 @@ class Taken:
         values: Float64 ``[len(seeds), len(VALUES)]``.
         leaf: Its gradient, float64 ``[len(seeds), len(GRADIENTS)]``, comes with the backward pass; None where none comes.
         rows: Which rows of that gradient are measured.
+        sketches: For each of these rows, where there are sensors, a leaf whose gradient is the sketch, float32 ``[k, d]``.
     """
 
     seeds: tuple[int, ...]
     values: Tensor
-    leaf: Tensor | None
-    rows: tuple[int, ...]
+    leaf: Tensor | None = None
+    rows: tuple[int, ...] = ()
+    sketches: tuple[Tensor, ...] = ()
 
     @property
     def complete(self) -> bool:
@@ -58,9 +76,11 @@ class Sampler(Protocol):
 
     Attributes:
         sampling: Whether the step that is under way is to be measured.
+        directions: How many directions sensors have; 0: there are none.
     """
 
     sampling: bool
+    directions: int
 
     def begin_step(self, clock: int) -> None:
         """A step begins on the thread that runs the model.
@@ -78,9 +98,9 @@ class ProbedKernel:
 
     Args:
         kernel: It.
-        leaf: What it takes for gradients' measurements.
+        probes: The probes.
+        leaves: What it takes for them.
         place: Where among its inputs, which are the region's own before and the bodies' tensors after.
-        rows: For which of its sites these are made.
         seeds: For each site of the region its seed, by its place in the state arrays.
         sampler: Takes what is measured.
     """
@@ -88,29 +108,35 @@ class ProbedKernel:
     def __init__(
         self,
         kernel: Any,
-        leaf: TensorMeta,
+        probes: Probes,
+        leaves: Sequence[TensorMeta],
         place: int,
         seeds: Sequence[int],
-        rows: Sequence[int],
         sampler: Sampler,
     ) -> None:
         self._kernel = kernel
-        self._leaf = leaf
+        self._rows = probes.rows
+        self._leaves = tuple(leaves)
         self._place = place
         self._seeds = tuple(seeds)
-        self._rows = tuple(rows)
         self._sampler = sampler
 
     def __call__(self, *values: Any) -> Sequence[Any]:
         """Run the region; returns its own outputs."""
-        leaf = torch.zeros(self._leaf.shape, dtype=self._leaf.dtype, device=self._leaf.device)
-        leaf.requires_grad_(self._leaf.requires_grad)
-        *results, measured = self._kernel(*values[: self._place], leaf, *values[self._place :])
-        self._sampler.take(Taken(self._seeds, measured, leaf if leaf.requires_grad else None, self._rows))
+        leaves = [_zeros(meta) for meta in self._leaves]
+        *results, measured = self._kernel(*values[: self._place], *leaves, *values[self._place :])
+        if leaves[0].requires_grad:
+            self._sampler.take(Taken(self._seeds, measured, leaves[0], self._rows, tuple(leaves[1:])))
+        else:
+            self._sampler.take(Taken(self._seeds, measured))
         return results
 
 
-def measure_eagerly(sampler: Sampler, seed: int, x: Tensor, y: Tensor) -> Tensor:
+def _zeros(meta: TensorMeta) -> Tensor:
+    return torch.zeros(meta.shape, dtype=meta.dtype, device=meta.device).requires_grad_(meta.requires_grad)
+
+
+def measure_eagerly(sampler: Sampler, seed: int, x: Tensor, y: Tensor, dim: int) -> Tensor:
     """Measure at one site that no region holds; returns what the model goes on with instead of ``y``.
 
     The gradient is not measured where the value is changed in place later.
@@ -120,25 +146,32 @@ def measure_eagerly(sampler: Sampler, seed: int, x: Tensor, y: Tensor) -> Tensor
         seed: The seed, by its place in the state arrays.
         x: The value before it.
         y: The value after it.
+        dim: The dimension that holds features.
     """
     values = site_values(x, y).unsqueeze(0)
     if not (y.requires_grad and torch.is_grad_enabled()):
-        sampler.take(Taken((seed,), values, None, ()))
+        sampler.take(Taken((seed,), values))
         return y
-    leaf = torch.zeros(1, len(GRADIENTS), dtype=torch.float64, device=y.device)
+    probes = Probes(y.device, (True,), sampler.directions, ((x.shape[dim], dim),))
+    leaf, *sketches = map(_zeros, probes.leaves())
     before, after = x.detach(), y.detach()
     versions = before._version, after._version
 
     def measure(gradient: Tensor) -> None:
         if (before._version, after._version) == versions:
             with torch.no_grad():
-                row = gradient_row(gradient, before, after).unsqueeze(0)
-                leaf.grad = row if leaf.grad is None else leaf.grad + row
+                _add(leaf, gradient_row(gradient, before, after).unsqueeze(0))
+                for item in sketches:
+                    _add(item, sketch(before, gradient, sampler.directions, dim))
 
     through = y.view_as(y)  # users of the seed, and not those of the value before it
     through.register_hook(measure)
-    sampler.take(Taken((seed,), values, leaf, (0,)))
+    sampler.take(Taken((seed,), values, leaf, (0,), tuple(sketches)))
     return through
+
+
+def _add(leaf: Tensor, gradient: Tensor) -> None:
+    leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
 
 
 def measures_gradients(graph: fx.Graph) -> bool:

@@ -20,8 +20,8 @@ from esper_fx.engine import aliasing
 from esper_fx.engine.bodies import known_record, record_once
 from esper_fx.engine.build import Ambient
 from esper_fx.engine.plan import Assignment, Executable, Layout, Plan, Slot, StaleError
-from esper_fx.engine.probes import ProbedKernel, Sampler
-from esper_fx.engine.region import Region, Variant
+from esper_fx.engine.probes import ProbedKernel
+from esper_fx.engine.region import Variant
 from esper_fx.engine.service import Service, service
 from esper_fx.errors import SiteError
 from esper_fx.passes.propagate import is_seed
@@ -328,7 +328,8 @@ class SizedProgram:
         if sampler is None or (self._probed is not None and self._probed.has(bodies)):
             return []
         plan, assignment = self.layout.plans[-1], self._assignment(live)
-        variants = self.layout.variants(plan, assignment, probed=True) or []
+        probes = self.layout.probes(plan, sampler.directions, [seed.site.feature_dim for seed in self.seeds])
+        variants = self.layout.variants(plan, assignment, probes=probes) or []
         self._probe_pins.replace(variants)
         for variant in variants:
             if not self._has_kernel(variant):
@@ -337,19 +338,15 @@ class SizedProgram:
         kernels = [self._kernel(variant) for variant in variants]
         if not missing and None not in kernels:
             for i, (variant, region) in enumerate(zip(variants, plan.regions, strict=True)):
-                kernels[i] = self._probed_kernel(kernels[i], variant, region, sampler)
+                sites = [self.layout.slots[slot].site for slot in region.slots]
+                own, place = probes[i], len(region.inputs)
+                if own is not None:
+                    kernels[i] = ProbedKernel(kernels[i], own, variant.leaves, place, sites, sampler)
             seeds = [seed if seed in live else None for seed in self.seeds]
             self._probed = Running(
                 plan.name, bodies, tuple(variants), Executable(plan, kernels, seeds, assignment), complete=True
             )
         return missing
-
-    def _probed_kernel(self, kernel: Any, variant: Variant, region: Region, sampler: Sampler) -> Any:
-        if variant.leaf is None or self.layout is None:
-            return kernel
-        slots = [self.layout.slots[slot] for slot in region.slots]
-        rows = [row for row, slot in enumerate(slots) if not slot.changed]
-        return ProbedKernel(kernel, variant.leaf, len(region.inputs), [slot.site for slot in slots], rows, sampler)
 
     def drop_probes(self) -> None:
         """Forget what runs steps that are to be measured."""

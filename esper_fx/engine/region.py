@@ -21,7 +21,6 @@ from esper_fx.engine.annotate import annotate
 from esper_fx.engine.build import Ambient
 from esper_fx.engine.probes import Probes, measures_gradients
 from esper_fx.passes.canonical import canonical, digest
-from esper_fx.passes.instrument import instrument
 from esper_fx.passes.record import BodyGraph, TensorMeta
 from esper_fx.passes.specialize import specialize
 
@@ -41,7 +40,7 @@ class Variant:
         module: The graph, ready to compile or to run eagerly.
         inputs: What the graph's placeholders are.
         output_grads: For each output of the region whether it needs a gradient.
-        leaf: The input that takes what probes measure of gradients, where it has probes; see :mod:`esper_fx.ops.probe`.
+        leaves: The inputs that take what probes measure of gradients, where it has probes; see :mod:`esper_fx.ops.probe`.
         error: Why it has no kernel, where that is known.
         future: Done when the kernel that was asked for is in the cache, or the error is known. It holds no kernel: that
             is left to the cache, and to what runs it.
@@ -54,7 +53,7 @@ class Variant:
         bodies: Sequence[BodyGraph | None],
         probes: Probes | None,
     ) -> None:
-        graph = specialize(template.graph if probes is None else instrument(template.graph, probes.gradients), bodies)
+        graph = specialize(template.graph if probes is None else probes.into(template.graph), bodies)
         self.module = fx.GraphModule(template.owner, graph)
         self.ambient = template.ambient
         inputs = [
@@ -65,13 +64,13 @@ class Variant:
             if body is not None:
                 scalar = TensorMeta((), (), torch.float32, body.output.device, False)
                 tensors += [scalar, scalar, *body.tensors]
-        self.leaf = None if probes is None else probes.leaf()
+        self.leaves = () if probes is None else probes.leaves()
         with self.ambient.on_this_thread():
-            self.inputs = (*inputs, *filter(None, [self.leaf]), *tensors)
+            self.inputs = (*inputs, *self.leaves, *tensors)
             outputs = annotate(self.module, self.inputs)
             if probes is not None and measures_gradients(graph):
-                self.leaf = probes.leaf(requires_grad=True)
-                self.inputs = (*inputs, self.leaf, *tensors)
+                self.leaves = probes.leaves(requires_grad=True)
+                self.inputs = (*inputs, *self.leaves, *tensors)
                 outputs = annotate(self.module, self.inputs)
         self.output_grads = tuple(meta.requires_grad for meta in outputs)[: len(outputs) - (probes is not None)]
         self.key = KernelKey.of(

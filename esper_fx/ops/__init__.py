@@ -21,6 +21,7 @@ GRAPH_FUNCTIONS = (
     "esper_fx.ops.seed.seed_output",
     "esper_fx.ops.probe.site_values",
     "esper_fx.ops.probe.site_gradient",
+    "esper_fx.ops.probe.site_sensor",
 )
 
 __all__ = [

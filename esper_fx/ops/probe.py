@@ -1,8 +1,8 @@
 """What is measured at a site while a region runs, and what is measured of the gradient there on the way back.
 
 Shapes: a region with n sites gives back its sites' values as float64 ``[n, len(VALUES)]``, and takes one leaf, float64
-``[n, len(GRADIENTS)]``, whose ``.grad`` after the backward pass holds what that has measured. Nothing that is measured changes
-what the region computes.
+``[n, len(GRADIENTS)]``, whose ``.grad`` after the backward pass holds what that has measured. A site with a sensor has one more
+leaf, float32 ``[k, d]``, for the sketch. Nothing that is measured changes what the region computes.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from esper_fx.ops.sensor import sensor
 from esper_fx.ops.site_stats import FIELDS, site_stats
 
 #: Of the value x before a seed and y after it: what `site_stats` says of x, and the sum of squares of y - x.
@@ -46,6 +47,41 @@ def site_gradient(y: Tensor, x: Tensor, leaf: Tensor, row: int) -> Tensor:
     if not (leaf.requires_grad and y.requires_grad and torch.is_grad_enabled()):
         return y
     result: Tensor = _Measure.apply(y, x.detach(), leaf.select(0, row))  # type: ignore[no-untyped-call]
+    return result
+
+
+def site_sensor(y: Tensor, x: Tensor, leaf: Tensor, dim: int) -> Tensor:
+    """Return ``y``; a backward pass puts a sketch of the gradient that a linear map from x to y would get into the leaf's.
+
+    Args:
+        y: The value after the seed.
+        x: The value before it.
+        leaf: Float32 ``[k, d]``; see :func:`esper_fx.ops.sensor.sensor`, whose result its gradient is. Where it requires no
+            gradient, or ``y`` does not, or gradients are off, nothing is measured.
+        dim: The dimension of size d that holds features.
+    """
+    if not (leaf.requires_grad and y.requires_grad and torch.is_grad_enabled()):
+        return y
+    result: Tensor = _Sense.apply(y, x.detach(), leaf, dim)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Sense(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, leaf: Tensor, dim: int) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.directions, ctx.dim = leaf.shape[0], dim
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, Tensor, None]:
+        (x,), (gradient,) = ctx.saved_tensors, gradients
+        return gradient, None, sketch(x, gradient.detach(), ctx.directions, ctx.dim), None
+
+
+def sketch(x: Tensor, g: Tensor, directions: int, dim: int) -> Tensor:
+    """The sketch that all sensors make: of one Omega, so that equal regions are equal, and sketches of several steps add up."""
+    result: Tensor = sensor(x, g, 0, directions, dim)
     return result
 
 

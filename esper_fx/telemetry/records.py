@@ -26,7 +26,7 @@ class SiteRecord:
         samples: How many steps were measured.
         sampled_at: Clock of the last of them, or -1.
         health: First-order estimate of how much the loss would rise without the seed's body, in the loss's own unit:
-            minus the sum of g (y - x), which is the Taylor expansion of Molchanov et al. (2017, eq. 7) with its sign kept.
+            minus the sum of g (y - x), the criterion of Molchanov et al. (2017) with its sign kept.
             NaN for a seed that changes nothing.
         value_mean: Mean of x.
         value_std: Standard deviation of x.
@@ -36,6 +36,9 @@ class SiteRecord:
         grad_rms: Root mean square of g.
         grad_absmax: Largest absolute value of g.
         grad_value: Sum of g x: minus what the loss would rise by, to first order, if the value were 0.
+        potential: How much there is to gain from a linear map at this site: the estimated sum of squares of the gradient xᵀg
+            that its weight would get, which is how fast the loss would fall per unit of its learning rate. What GradMax (Evci
+            et al. 2022) makes large; only where sketches are made.
     """
 
     site: str
@@ -53,6 +56,7 @@ class SiteRecord:
     grad_rms: float
     grad_absmax: float
     grad_value: float
+    potential: float
 
     def to_dict(self) -> dict[str, Any]:
         """The same as a dictionary."""

@@ -15,12 +15,13 @@ from esper_fx.state_fields import MEASURED
 
 _ABSMAX = 3  # among VALUES
 _GRAD_ABSMAX = 1  # among GRADIENTS
+_POTENTIAL = MEASURED.index("potential")
 
 
 def merge_values(seeds: Tensor, rows: Tensor, n: int) -> Tensor:
     """Merge rows of the same seed; float64 ``[n, len(VALUES)]``, zero for seeds without one.
 
-    Means and M2 are merged by the formula of Chan, Golub and LeVeque (1983, eq. 2.1).
+    Means and M2 are merged by the formula of Chan, Golub and LeVeque (1983).
 
     Args:
         seeds: int64 ``[k]``, whose rows they are.
@@ -50,13 +51,14 @@ def merge_gradients(seeds: Tensor, rows: Tensor, n: int) -> Tensor:
     return merged
 
 
-def measurements(values: Tensor, gradients: Tensor, has_gradient: Tensor) -> Tensor:
+def measurements(values: Tensor, gradients: Tensor, has_gradient: Tensor, potential: Tensor) -> Tensor:
     """What is told of one step; float64 ``[len(MEASURED), n]``, NaN where nothing can be.
 
     Args:
         values: Merged, ``[n, len(VALUES)]``.
         gradients: Merged, ``[n, len(GRADIENTS)]``.
         has_gradient: Bool ``[n]``, where gradients were measured.
+        potential: Float64 ``[n]``, the sums of squares of the sketches, which are smoothed themselves.
     """
     count, mean, m2, absmax, nonfinite, change = values.unbind(1)
     squares, grad_absmax, grad_value, grad_change = gradients.unbind(1)
@@ -73,6 +75,7 @@ def measurements(values: Tensor, gradients: Tensor, has_gradient: Tensor) -> Ten
         "grad_rms": torch.where(has_gradient, (squares / elements).sqrt(), nan),
         "grad_absmax": torch.where(has_gradient, grad_absmax, nan),
         "grad_value": torch.where(has_gradient, grad_value, nan),
+        "potential": potential,
     }
     return torch.stack([table[field] for field in MEASURED])
 
@@ -89,4 +92,5 @@ def smoothed(before: Mapping[str, Tensor], table: Tensor, decay: float) -> dict[
     """
     old = torch.stack([before[field] for field in MEASURED]).to(table.dtype)
     new = torch.where(torch.isnan(old), table, torch.lerp(table, old, decay))
+    new[_POTENTIAL] = table[_POTENTIAL]  # of what is smoothed already
     return dict(zip(MEASURED, torch.where(torch.isfinite(table), new, old).unbind(0), strict=True))

@@ -14,6 +14,7 @@ from torch import Tensor
 from esper_fx._torch import uncompiled
 from esper_fx.errors import TelemetryError
 from esper_fx.ops.probe import GRADIENTS
+from esper_fx.ops.sensor import MAX_DIRECTIONS
 from esper_fx.telemetry.records import SiteRecord, records_of
 from esper_fx.telemetry.smoothing import measurements, merge_gradients, merge_values, smoothed
 
@@ -27,7 +28,7 @@ logger = logging.getLogger(__name__)
 Subscriber = Callable[[list[SiteRecord]], object]
 
 
-def watch(model: MorphableModel, *, every: int = 50, decay: float = 0.9) -> Watch:
+def watch(model: MorphableModel, *, every: int = 50, decay: float = 0.9, directions: int = 0) -> Watch:
     """Measure at the sites of a model from now on, in every so many training steps.
 
     A compiled model gets kernels with probes for that, made beside training as all others are; steps are measured once they
@@ -38,6 +39,8 @@ def watch(model: MorphableModel, *, every: int = 50, decay: float = 0.9) -> Watc
         model: A morphed model, or what `torch.compile` has made of one.
         every: Training steps from one that is measured to the next, 1 or more.
         decay: How much of what was known before stays when a step has been measured, from 0 (nothing) to below 1.
+        directions: How many random directions a sketch has of the gradient that a linear map at a site would get, 0 to 64.
+            With sketches there is ``potential`` in the records, and :meth:`Watch.sketch`.
 
     Returns:
         What ends it, and what takes subscribers.
@@ -54,9 +57,11 @@ def watch(model: MorphableModel, *, every: int = 50, decay: float = 0.9) -> Watc
         raise TelemetryError(f"watch(every={every!r}): expected a whole number of steps, 1 or more")
     if isinstance(decay, bool) or not isinstance(decay, int | float) or not 0 <= decay < 1:
         raise TelemetryError(f"watch(decay={decay!r}): expected a number from 0 to below 1")
+    if isinstance(directions, bool) or not isinstance(directions, int) or not 0 <= directions <= MAX_DIRECTIONS:
+        raise TelemetryError(f"watch(directions={directions!r}): expected a whole number from 0 to {MAX_DIRECTIONS}")
     if target.growth.sampler is not None:
         raise TelemetryError("this model is watched already; call close() on what watch() returned first")
-    return Watch(target.growth, every, float(decay))
+    return Watch(target.growth, every, float(decay), directions)
 
 
 class Watch:
@@ -65,18 +70,21 @@ class Watch:
     Attributes:
         every: Training steps from one that is measured to the next.
         decay: Weight of what was known before.
+        directions: How many random directions a sketch has; 0: none is made.
         sampling: Whether the step that is under way is measured.
     """
 
-    def __init__(self, growth: Growth, every: int, decay: float) -> None:
+    def __init__(self, growth: Growth, every: int, decay: float, directions: int) -> None:
         self.every = every
         self.decay = decay
+        self.directions = directions
         self.sampling = False
         self._growth = weakref.ref(growth)
         self._subscribers: list[Subscriber] = []
         self._taken: list[Taken] = []
         self._clock = -1  # of what was taken
         self._unsaid = False
+        self._sketches: dict[int, Tensor] = {}
         self._tensors: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
         growth.sampler = self
         growth.changes.kick()
@@ -94,6 +102,28 @@ class Watch:
                 self._subscribers.remove(subscriber)
 
         return unsubscribe
+
+    def sketch(self, site: str) -> Tensor | None:
+        """A sketch of xᵀg, the gradient that a linear map from the value x at a site to a change of it would get.
+
+        It is Omegaᵀ xᵀ g for a random Omega, ``[features, directions]``, whose square is the identity on average; see
+        :mod:`esper_fx.ops.sensor`. So the sum of its squares estimates that of xᵀg (``potential`` in the records), and its
+        right singular vectors are the outputs of the map that would lower the loss fastest.
+
+        Args:
+            site: Name of a site.
+
+        Returns:
+            Float32 ``[directions, features]``, smoothed as all that is measured; None while there is none.
+
+        Raises:
+            TelemetryError: The model has no such site.
+        """
+        growth = self._growth()
+        seed = None if growth is None else growth.seeds.get(site)
+        if seed is None:
+            raise TelemetryError(f"there is no site {site!r}")
+        return self._sketches.get(seed.index)
 
     def flush(self) -> None:
         """Take in the last measured step now; call it between steps, after the last one for example."""
@@ -177,12 +207,35 @@ class Watch:
         if tables:
             gradients = merge_gradients(torch.cat(places), torch.cat(tables), n)
             has_gradient.index_fill_(0, torch.cat(places), True)
-        table = measurements(values, gradients, has_gradient)
+        potential = self._sum_up_sketches(taken, n)
+        table = measurements(values, gradients, has_gradient, potential.to(device))
         sampled = values.new_zeros(n, dtype=torch.bool).index_fill_(0, seeds, True)
         fields: dict[str, Any] = dict(smoothed(dict(state.named_buffers()), table, self.decay))
         fields["samples"] = state.samples + sampled
         fields["sampled_at"] = torch.where(sampled, self._clock, state.sampled_at)
         state.record(fields)
+
+    def _sum_up_sketches(self, taken: list[Taken], n: int) -> Tensor:
+        """Smooth the sketches; returns the sum of squares of each, float64 ``[n]``, NaN where there is none."""
+        fresh: dict[int, Tensor] = {}
+        for part in taken:
+            for row, leaf in zip(part.rows, part.sketches, strict=False):
+                if leaf.grad is not None:
+                    seed = part.seeds[row]
+                    fresh[seed] = leaf.grad if seed not in fresh else fresh[seed] + leaf.grad
+        for seed, sketch in fresh.items():
+            before = self._sketches.get(seed)
+            if before is None or before.shape != sketch.shape:
+                before = sketch
+            finite = torch.isfinite(sketch).all()
+            self._sketches[seed] = torch.where(finite, torch.lerp(sketch, before, self.decay), before)
+        potential = torch.full((n,), torch.nan, dtype=torch.float64)
+        if fresh:
+            norms = torch.stack([torch.linalg.vector_norm(self._sketches[seed]) for seed in fresh])
+            potential = potential.to(norms.device).index_copy_(
+                0, self._numbers(tuple(fresh), norms.device), norms.double().square()
+            )
+        return potential
 
     def _numbers(self, numbers: tuple[int, ...], device: torch.device) -> Tensor:
         """Numbers as a tensor, made once: making it waits for a GPU."""

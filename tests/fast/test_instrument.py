@@ -13,6 +13,7 @@ from esper_fx import ops
 from esper_fx.engine.plan import Layout
 from esper_fx.engine.probes import Taken
 from esper_fx.ops.probe import GRADIENTS, VALUES
+from esper_fx.ops.sensor import omega
 from esper_fx.passes.instrument import instrument
 from esper_fx.passes.specialize import specialize
 from tests.support import programs
@@ -26,7 +27,8 @@ class Keeper:
 
     sampling = True
 
-    def __init__(self) -> None:
+    def __init__(self, directions: int = 0) -> None:
+        self.directions = directions
         self.values: dict[int, Tensor] = {}
         self.parts: list[Taken] = []
 
@@ -73,9 +75,14 @@ def gradient_of(g: Tensor, x: Tensor, y: Tensor) -> Tensor:
 
 
 @examples(20)
-@given(instructions(), st.tuples(st.booleans(), st.booleans(), st.booleans()), st.sets(st.integers(0, 2)))
+@given(
+    instructions(),
+    st.tuples(st.booleans(), st.booleans(), st.booleans()),
+    st.sets(st.integers(0, 2)),
+    st.sampled_from([0, 3]),
+)
 def test_probes_of_every_plan_measure_what_flows_and_change_nothing(
-    program: tuple[Instruction, ...], grad: tuple[bool, bool, bool], live: set[int]
+    program: tuple[Instruction, ...], grad: tuple[bool, bool, bool], live: set[int], directions: int
 ) -> None:
     bodies = {site: Scale(site) for site in live if site < programs.count_seeds(program)}
     host = Recorder(bodies)
@@ -91,7 +98,7 @@ def test_probes_of_every_plan_measure_what_flows_and_change_nothing(
         assert "modified by an inplace operation" in str(error)
         return
     for plan in layout.plans:
-        keeper = Keeper()
+        keeper = Keeper(directions)
         outputs = run_plan(layout, plan, args, bodies, keeper)
         assert torch.equal(outputs[0], expected[0])
         assert torch.equal(outputs[1], expected[1])
@@ -99,16 +106,28 @@ def test_probes_of_every_plan_measure_what_flows_and_change_nothing(
         assert keeper.values.keys() == host.values.keys()
         for site, row in keeper.values.items():
             torch.testing.assert_close(row, values_of(*host.values[site]), rtol=1e-6, atol=1e-9)
-        measured = gradients_of(outputs, [*leaves, *(part.leaf for part in keeper.parts if part.leaf is not None)])
-        for mine, theirs in zip(measured, expected_gradients, strict=False):
+        probes = [leaf for part in keeper.parts for leaf in (part.leaf, *part.sketches) if leaf is not None]
+        gradients = gradients_of(outputs, [*leaves, *probes])
+        by_leaf = dict(zip(map(id, probes), gradients[len(leaves) :], strict=True))
+        for mine, theirs in zip(gradients, expected_gradients, strict=False):
             assert (mine is None) == (theirs is None)
             assert mine is None or torch.allclose(mine, theirs, rtol=1e-4, atol=1e-5)  # type: ignore[arg-type]
         rows: dict[int, Tensor] = defaultdict(lambda: torch.zeros(len(GRADIENTS), dtype=torch.float64))
-        for part, table in zip(keeper.parts, measured[len(leaves) :], strict=True):
+        sketches: dict[int, Tensor | None] = {}
+        for part in keeper.parts:
+            table = by_leaf[id(part.leaf)]
             rows |= {} if table is None else {part.seeds[row]: table[row] for row in part.rows}
+            assert len(part.sketches) == (len(part.rows) if directions else 0)
+            sketches |= {
+                part.seeds[row]: by_leaf[id(leaf)] for row, leaf in zip(part.rows, part.sketches, strict=False)
+            }
         for site, gradient in host.gradients.items():
             expected_row = gradient_of(gradient, *host.values[site])
             torch.testing.assert_close(rows.pop(site), expected_row, rtol=1e-3, atol=1e-4)
+            if directions:
+                x, _ = host.values[site]
+                expected_sketch = omega(0, x.shape[1], directions).t() @ x.t() @ gradient
+                torch.testing.assert_close(sketches[site], expected_sketch.float(), rtol=1e-3, atol=1e-3)
         assert all(not row.any() for row in rows.values())
 
 

@@ -183,5 +183,5 @@ def test_what_the_operator_returns_while_it_is_traced_may_be_changed_in_place() 
 def test_the_digest_follows_the_source_and_the_functions_are_named() -> None:
     assert len(ops.source_digest()) == 64
     assert ops.source_digest() == ops.source_digest()
-    functions = (ops.seed_input, ops.seed_output, probe.site_values, probe.site_gradient)
+    functions = (ops.seed_input, ops.seed_output, probe.site_values, probe.site_gradient, probe.site_sensor)
     assert tuple(qualified_name(function) for function in functions) == ops.GRAPH_FUNCTIONS

@@ -22,6 +22,7 @@ import esper_fx
 from esper_fx import telemetry
 from esper_fx.errors import TelemetryError
 from esper_fx.ops.probe import VALUES
+from esper_fx.ops.sensor import omega
 from esper_fx.ops.site_stats import reference
 from esper_fx.state_fields import MEASURED
 from esper_fx.telemetry.smoothing import merge_values, smoothed
@@ -92,6 +93,7 @@ def by_hand(run: Run, site: str = "3") -> dict[str, float]:
         "grad_rms": float(g.square().mean().sqrt()),
         "grad_absmax": float(g.abs().max()),
         "grad_value": float((g * x).sum()),
+        "potential": math.nan,
     }
 
 
@@ -205,7 +207,62 @@ def test_smoothing_is_a_moving_average_of_what_is_finite(series: list[float], de
         if math.isfinite(value):
             average = value if math.isnan(average) else decay * average + (1 - decay) * value
     for field in MEASURED:
+        if field == "potential":  # of sketches, which are smoothed
+            average = next((value for value in reversed(series) if math.isfinite(value)), math.nan)
         assert fields[field].item() == pytest.approx(average, rel=1e-5, abs=1e-30, nan_ok=True)
+
+
+# Sketches.
+
+
+def map_gradient(run: Run, site: int) -> Tensor:
+    """xᵀg at a site, by hand."""
+    x = run.net[: site + 1](run.x).detach().requires_grad_()
+    (g,) = torch.autograd.grad((run.net[site + 1 :](x) - run.target).square().mean(), x)
+    return x.detach().t() @ g
+
+
+def test_a_sketch_is_of_the_gradient_that_a_linear_map_would_get() -> None:
+    run = Run()
+    expected = omega(0, 8, 5).t() @ map_gradient(run, 3)
+    with telemetry.watch(run.model, every=1, directions=5) as watch:
+        assert watch.sketch("3") is None
+        run.step()
+        watch.flush()
+        sketch = watch.sketch("3")
+    assert sketch is not None
+    torch.testing.assert_close(sketch, expected.float())
+    assert run.record().potential == pytest.approx(expected.square().sum().item(), rel=1e-5)
+
+
+def test_potential_is_right_on_average_and_ranks_sites() -> None:
+    run = Run()
+    with telemetry.watch(run.model, every=1, directions=64):
+        run.step()
+    run_again = Run()
+    for site in (1, 3):
+        exact = map_gradient(run_again, site).square().sum().item()
+        assert run.record(str(site)).potential == pytest.approx(exact, rel=0.5)
+
+
+def test_sketches_of_several_steps_and_visits_add_up_before_they_are_squared() -> None:
+    run = Run()
+    with telemetry.watch(run.model, every=1, decay=0.75, directions=3) as watch:
+        first = omega(0, 8, 3).t() @ map_gradient(run, 3)
+        run.step()
+        second = omega(0, 8, 3).t() @ map_gradient(run, 3)
+        run.step()
+        watch.flush()
+        sketch = watch.sketch("3")
+    assert sketch is not None
+    expected = 0.75 * first + 0.25 * second
+    torch.testing.assert_close(sketch, expected.float())
+    assert run.record().potential == pytest.approx(expected.square().sum().item(), rel=1e-5)
+
+
+def test_a_sketch_of_no_site_is_refused() -> None:
+    with telemetry.watch(Run().model) as watch, pytest.raises(TelemetryError, match="there is no site 'nowhere'"):
+        watch.sketch("nowhere")
 
 
 # Which steps.
@@ -421,6 +478,8 @@ def test_a_subscriber_that_fails_is_called_no_more(caplog: pytest.LogCaptureFixt
         ({"every": 2.5}, "watch(every=2.5): expected a whole number of steps, 1 or more"),
         ({"decay": 1.0}, "watch(decay=1.0): expected a number from 0 to below 1"),
         ({"decay": math.nan}, "watch(decay=nan): expected a number from 0 to below 1"),
+        ({"directions": 65}, "watch(directions=65): expected a whole number from 0 to 64"),
+        ({"directions": -1}, "watch(directions=-1): expected a whole number from 0 to 64"),
         ({"decay": "a"}, "watch(decay='a'): expected a number from 0 to below 1"),
     ],
 )
@@ -454,7 +513,7 @@ def test_json_lines_hold_every_record_and_null_for_what_is_unknown(tmp_path: Pat
     assert [(line["site"], line["sampled_at"]) for line in lines] == list(itertools.product(("1", "3"), (0,))) + list(
         itertools.product(("1", "3"), (1,))
     )
-    assert lines[-1] == {**run.record().to_dict(), "health": None}
+    assert lines[-1] == {**run.record().to_dict(), "health": None, "potential": None}
     assert lines[-1]["health"] is None
     with pytest.raises(FileNotFoundError):
         telemetry.JsonLines(tmp_path / "no" / "sites.jsonl")

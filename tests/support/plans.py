@@ -56,20 +56,19 @@ def run_plan(
         else None
         for slot in layout.slots
     )
-    probed = sampler is not None
-    variants = layout.variants(plan, recorded, probed=probed)
+    probes = None if sampler is None else layout.probes(plan, sampler.directions, [1] * len(layout.slots))
+    variants = layout.variants(plan, recorded, probes=probes)
     assert variants is not None
-    assert layout.variants(plan, recorded, known=True, probed=probed) == variants
+    assert layout.variants(plan, recorded, known=True, probes=probes) == variants
     seeds: list[Any] = [
         LiveSeed(bodies[s.site], args[3][s.site], args[4][s.site]) if s.site in bodies else None for s in layout.slots
     ]
     kernels: list[Any] = [partial(checked, variant) for variant in variants]
     for i, (variant, region) in enumerate(zip(variants, plan.regions, strict=True)):
-        if variant.leaf is not None and sampler is not None:
-            slots = [layout.slots[slot] for slot in region.slots]
-            rows = [row for row, slot in enumerate(slots) if not slot.changed]
-            sites = [slot.site for slot in slots]
-            kernels[i] = ProbedKernel(kernels[i], variant.leaf, len(region.inputs), sites, rows, sampler)
+        own = None if probes is None else probes[i]
+        if own is not None and sampler is not None:
+            sites = [layout.slots[slot].site for slot in region.slots]
+            kernels[i] = ProbedKernel(kernels[i], own, variant.leaves, len(region.inputs), sites, sampler)
     return Executable(plan, kernels, seeds, recorded)(args)
 
 
@@ -84,7 +83,7 @@ def checked(variant: Variant, *values: Tensor) -> Any:
     """Run a variant as a kernel that was compiled for its inputs would, which must then be as announced."""
     assert [TensorMeta.of(value) for value in values] == list(variant.inputs)
     results = variant.module(*values)
-    own = results if variant.leaf is None else results[:-1]
+    own = results[:-1] if variant.leaves else results
     assert [result.requires_grad for result in own] == list(variant.output_grads)
     return results
 
