@@ -10,12 +10,14 @@ from esper_fx.cache import ArtifactStore, KernelCache, KernelCompiler, KernelKey
 from esper_fx.errors import (
     AdapterError,
     AdapterFileError,
+    ArgumentError,
     BlueprintError,
     CheckpointError,
     EsperError,
     GerminationError,
     KernelBuildError,
     LifecycleError,
+    LineageError,
     MissingDependencyError,
     MorphError,
     OptimizerError,
@@ -25,6 +27,7 @@ from esper_fx.errors import (
     TargetError,
     TelemetryError,
     UnknownBlueprintError,
+    UnknownSiteError,
 )
 from esper_fx.growth import Morphology
 from esper_fx.lifecycle import GrowthEvent, Ledger, Stage
@@ -44,6 +47,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AdapterError",
     "AdapterFileError",
+    "ArgumentError",
     "ArtifactStore",
     "Blueprint",
     "BlueprintError",
@@ -62,6 +66,7 @@ __all__ = [
     "KernelKey",
     "Ledger",
     "LifecycleError",
+    "LineageError",
     "MissingDependencyError",
     "MorphError",
     "MorphableModel",
@@ -77,6 +82,7 @@ __all__ = [
     "TargetError",
     "TelemetryError",
     "UnknownBlueprintError",
+    "UnknownSiteError",
     "adapter_modules",
     "attach",
     "blueprint",

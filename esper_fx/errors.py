@@ -7,12 +7,23 @@ class EsperError(Exception):
     """Base of every error that esper_fx raises on purpose."""
 
 
+class ArgumentError(EsperError, TypeError, ValueError):
+    """An argument has a type or a value that cannot be used."""
+
+
 class MorphError(EsperError, ValueError):
     """A model cannot be morphed as asked."""
 
 
 class SiteError(EsperError, ValueError):
     """A site does not exist, or cannot carry a seed."""
+
+
+class UnknownSiteError(SiteError, KeyError):
+    """The model has no site of this name."""
+
+    def __str__(self) -> str:
+        return Exception.__str__(self)
 
 
 class BlueprintError(EsperError, ValueError):
@@ -52,6 +63,10 @@ class TargetError(EsperError, ValueError):
 
 class CheckpointError(EsperError, RuntimeError):
     """A checkpoint does not fit the model, or a model cannot be saved; nothing was changed."""
+
+
+class LineageError(EsperError, OSError):
+    """A lineage cannot be written."""
 
 
 class StoreError(EsperError, OSError):
