@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from esper_fx._garbage import collecting_later
+from esper_fx.checks import real, shown
 from esper_fx.conductor import Conductor
-from esper_fx.errors import GerminationError
+from esper_fx.errors import ArgumentError, GerminationError
 from esper_fx.lifecycle import Stage
 from esper_fx.seed import Germination, KasminaSeed
 
@@ -426,7 +427,12 @@ class Changes:
 
     def _until(self, over: Callable[[], bool], timeout: float | None) -> bool:
         """Block until something holds, and make the step boundaries that are due meanwhile; False: it took too long."""
-        deadline = math.inf if timeout is None else time.monotonic() + timeout
+        seconds = math.inf if timeout is None else real(timeout)
+        if seconds is None or math.isnan(seconds):
+            raise ArgumentError(
+                f"timeout={shown(timeout)}: expected seconds as a number, or None to wait as long as it takes"
+            )
+        deadline = time.monotonic() + seconds
         self._conductor.revive()
         while True:
             self.apply_between_steps()

@@ -13,6 +13,7 @@ from esper_fx.original import Footprint
 from esper_fx.passes.pipeline import PassRecord
 from esper_fx.passes.trace_report import TraceReport
 from esper_fx.seed import KasminaSeed
+from esper_fx.seeds import Seeds
 from esper_fx.state import KasminaStateLayout
 from esper_fx.stats import EngineStats, engine_stats
 
@@ -32,8 +33,8 @@ class MorphableModel(nn.Module):
 
     @property
     def seeds(self) -> Mapping[str, KasminaSeed]:
-        """The seeds by site."""
-        return self.growth.seeds
+        """The seeds by site; read-only. One that is not there raises an `UnknownSiteError`, a KeyError."""
+        return Seeds(self.growth.seeds)
 
     @property
     def state(self) -> KasminaStateLayout:
@@ -79,7 +80,10 @@ class MorphableModel(nn.Module):
         """Block until no background work is left and the best plan runs; call it between steps.
 
         Returns:
-            False if ``timeout`` seconds passed first.
+            False if ``timeout`` seconds passed first; 0 or less only looks.
+
+        Raises:
+            ArgumentError: ``timeout`` is neither a number nor None.
         """
         return self.growth.changes.settle(timeout)
 

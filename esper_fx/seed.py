@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from esper_fx import _torch, blueprints, ops
-from esper_fx.errors import SiteError
+from esper_fx.checks import real, shown
+from esper_fx.errors import ArgumentError, SiteError
 from esper_fx.feature_dim import resolved
 from esper_fx.lifecycle import Stage
 from esper_fx.site import ConvolutionSpec, SiteSpec, SourceSpec, convolution_spec, is_transposed_linear
@@ -38,15 +39,18 @@ class Germination:
         return self._done.is_set()
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Block until done; call it between steps. Returns False if ``timeout`` seconds passed first.
+        """Block until done; call it between steps. Returns False if ``timeout`` seconds passed first; 0 or less only looks.
 
         On the thread that runs the model the switch is made here, without waiting for the next forward.
+
+        Raises:
+            ArgumentError: ``timeout`` is neither a number nor None.
         """
         return self.seed.growth.changes.wait_for(self, timeout)
 
     def exception(self, timeout: float | None = 0.0) -> BaseException | None:
         """Why the germination failed, or None if it has not (yet). With a ``timeout`` it waits first, as :meth:`wait` does."""
-        if timeout != 0.0:
+        if real(timeout) != 0.0:
             self.wait(timeout)
         return self._error
 
@@ -288,7 +292,8 @@ class KasminaSeed(nn.Module):
             LifecycleError: The seed is not DORMANT.
             UnknownBlueprintError: There is no such blueprint.
             BlueprintError: The blueprint does not fit the site, or rejects the parameters, or its module does not keep
-                shape and dtype. Nothing has changed then.
+                shape and dtype, or ``weights`` do not fit it. Nothing has changed then.
+            StateError: ``alpha`` is no finite number; a LifecycleError and a ValueError. Nothing has changed then.
         """
         return self.growth.germinate(self, blueprint, weights=weights, alpha=alpha, config=config)
 
@@ -299,6 +304,10 @@ class KasminaSeed(nn.Module):
             to: Target of alpha.
             steps: Clock ticks until it is reached.
             schedule: ``constant`` (jump), ``linear`` or ``cosine``.
+
+        Raises:
+            LifecycleError: The seed is neither INCUBATING nor ACTIVE.
+            StateError: An argument is out of range; a LifecycleError and a ValueError. Nothing has changed then.
         """
         self.growth.blend(self, to=to, steps=steps, schedule=schedule)
 
@@ -307,9 +316,19 @@ class KasminaSeed(nn.Module):
         self.growth.fossilize(self)
 
     def prune(self, why: str = "pruned by the user") -> None:
-        """Silence the seed at once and take its body away; after the embargo its site may germinate again."""
+        """Silence the seed at once and take its body away; after the embargo its site may germinate again.
+
+        Args:
+            why: For the ledger.
+
+        Raises:
+            LifecycleError: The seed has no body, or is FOSSILIZED.
+            ArgumentError: ``why`` is no text.
+        """
         if not isinstance(why, str):
-            raise TypeError(f"prune(why={why!r}) at site {self.name!r}: expected a text that says why, for the ledger")
+            raise ArgumentError(
+                f"prune(why={shown(why)}) at site {self.name!r}: expected a text that says why, for the ledger"
+            )
         self.growth.prune(self, why)
 
     def kernel_inputs(self) -> Callable[[], list[Tensor]]:

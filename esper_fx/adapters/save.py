@@ -17,6 +17,7 @@ from torch import Tensor
 from esper_fx.adapters.checkpoint import KEY_PREFIX, TENSOR_FILE, require_safetensors
 from esper_fx.adapters.config import CONFIG_FILE
 from esper_fx.branch import NAMESPACE
+from esper_fx.checks import names_of, path_of, shown
 from esper_fx.errors import AdapterError, AdapterFileError, SiteError
 from esper_fx.lifecycle import Stage
 from esper_fx.model import MorphableModel
@@ -41,7 +42,7 @@ def save_adapter(
     path: str | os.PathLike[str],
     *,
     sites: Iterable[str] | None = None,
-    base_model_name_or_path: str = "",
+    base_model_name_or_path: str | os.PathLike[str] = "",
     prefix: str = "",
 ) -> list[str]:
     """Write the seeds that are LoRA (``low_rank`` with ``reads="input"``) as an adapter that PEFT loads.
@@ -59,8 +60,8 @@ def save_adapter(
         The sites that were saved, sorted.
 
     Raises:
-        AdapterError: There is nothing to save, a seed is not LoRA, is not live yet, or cannot be written for PEFT; nothing
-            is written then.
+        AdapterError: There is nothing to save, a seed is not LoRA, is not live yet, or cannot be written for PEFT, or an
+            argument is of a wrong type; nothing is written then.
         AdapterFileError: The folder cannot be written to.
         SiteError: There is no such site.
         MissingDependencyError: safetensors is not installed.
@@ -70,19 +71,25 @@ def save_adapter(
         raise AdapterError(
             f"save_adapter() needs a morphed model, not a {type(model).__name__}; nothing else has seeds"
         )
+    folder = path_of(path, "the folder of an adapter", AdapterError)
+    base = base_model_name_or_path
+    base = os.fspath(base) if isinstance(base, os.PathLike) else base
+    for name, value in (("base_model_name_or_path", base), ("prefix", prefix)):
+        if value is not None and not isinstance(value, str):
+            raise AdapterError(f"{name}={shown(value)}: expected a text")
     with model.growth.lock:
         saved = {seed.name: _as_lora(seed) for seed in _chosen(model, sites)}
     front = f"{prefix}." if prefix else ""
     config = {
         **_config({front + site: saved[site] for site in saved}),
         "target_modules": _targets([front + site for site in saved], [front + name for name in _module_names(model)]),
-        "base_model_name_or_path": base_model_name_or_path or None,
+        "base_model_name_or_path": base or None,
     }
     tensors = {
         f"{KEY_PREFIX}{front}{site}.{name}": tensor for site in saved for name, tensor in saved[site].tensors.items()
     }
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    _write(Path(path), {TENSOR_FILE: library.save(tensors, metadata={"format": "pt"}), CONFIG_FILE: text.encode()})
+    _write(folder, {TENSOR_FILE: library.save(tensors, metadata={"format": "pt"}), CONFIG_FILE: text.encode()})
     return sorted(saved)
 
 
@@ -90,11 +97,7 @@ def _chosen(model: MorphableModel, sites: Iterable[str] | None) -> list[KasminaS
     if sites is None:
         seeds = [seed for seed in model.seeds.values() if seed.stage not in _NOT_THERE]
     else:
-        wanted = [sites] if isinstance(sites, str) else list(sites)
-        unknown = [site for site in wanted if site not in model.seeds]
-        if unknown:
-            raise SiteError(f"the model has no site {unknown[0]!r}; it has {', '.join(model.seeds)}")
-        seeds = [model.seeds[site] for site in dict.fromkeys(wanted)]
+        seeds = [model.seeds[site] for site in names_of(sites, "sites", SiteError)]
     if not seeds:
         raise AdapterError("there is nothing to save: no seed of the model has a body")
     problems = [problem for problem in map(_why_not, seeds) if problem]

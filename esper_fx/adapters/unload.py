@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from esper_fx.checks import names_of
 from esper_fx.errors import AdapterError, SiteError
 from esper_fx.lifecycle import Stage
 from esper_fx.model import MorphableModel
@@ -39,10 +40,6 @@ def unload_adapter(model: MorphableModel, sites: Iterable[str] | None = None) ->
         if sites is None:
             seeds = [s for s in model.seeds.values() if s.stage not in _NOT_THERE and reads_source(s.body)]
         else:
-            wanted = dict.fromkeys([sites] if isinstance(sites, str) else sites)
-            unknown = [site for site in wanted if site not in model.seeds]
-            if unknown:
-                raise SiteError(f"the model has no site {unknown[0]!r}; it has {', '.join(model.seeds)}")
-            seeds = [model.seeds[site] for site in wanted]
+            seeds = [model.seeds[site] for site in names_of(sites, "sites", SiteError)]
         growth.prune_together(seeds, "the adapter was unloaded", embargo_steps=0)
     return [seed.name for seed in seeds]

@@ -214,7 +214,7 @@ def test_chosen_sites_are_unloaded_or_none(tmp_path: Path) -> None:
     model.seeds["own"].fossilize()
     for sites, error, wording in (
         (["first", "own"], LifecycleError, "the seed at 'own' is FOSSILIZED and cannot become EMBARGOED"),
-        (["first", "second"], SiteError, "the model has no site 'second'; it has first, keyword"),
+        (["first", "second"], SiteError, "the model has no site 'second'; it has 6, of which the nearest are: "),
         (None, LifecycleError, "the seed at 'own' is FOSSILIZED"),
     ):
         refused(model, lambda sites=sites: esper_fx.unload_adapter(model, sites), error, wording)  # type: ignore[misc]
@@ -625,7 +625,7 @@ def test_what_cannot_be_saved_is_refused(tmp_path: Path) -> None:
     model = morphed()
     with pytest.raises(AdapterError, match="there is nothing to save: no seed of the model has a body"):
         esper_fx.save_adapter(model, tmp_path / "a")
-    with pytest.raises(SiteError, match="the model has no site 'second'; it has first, keyword"):
+    with pytest.raises(SiteError, match="the model has no site 'second'; it has 6, of which the nearest are: "):
         esper_fx.save_adapter(model, tmp_path / "a", sites=["second"])
     with pytest.raises(AdapterError, match="'own' is DORMANT"):
         esper_fx.save_adapter(model, tmp_path / "a", sites=["own"])
