@@ -18,6 +18,7 @@ from esper_fx import _torch, blueprints, ops
 from esper_fx._garbage import collecting_later
 from esper_fx.cache._background import ForkSafeLock
 from esper_fx.changes import Change, Changes
+from esper_fx.checks import shortened, shown
 from esper_fx.engine.probes import Sampler, measure_eagerly
 from esper_fx.errors import BlueprintError, GerminationError
 from esper_fx.lifecycle import GrowthEvent, Ledger, Stage, check_transition
@@ -25,6 +26,7 @@ from esper_fx.seed import Germination, KasminaSeed
 from esper_fx.settings import settings
 from esper_fx.site import SiteSpec
 from esper_fx.state import KasminaStateLayout
+from esper_fx.state_fields import check_value
 
 if TYPE_CHECKING:
     from esper_fx.optim import Attachment
@@ -158,6 +160,8 @@ class Growth:
             raise BlueprintError(
                 f"blueprint {order.blueprint!r} does not fit site {seed.name!r}: {reason}. It fits: {fitting}"
             )
+        if order.alpha is not None:
+            check_value(seed.name, "alpha", order.alpha)
         number = int(self.state.read("germinations", seed.index))
         body = kind.build(site, config, seed=body_seed(self.model_seed, seed.name, number))
         _validate_once(kind, body, site, config)
@@ -185,6 +189,7 @@ class Growth:
         """See :meth:`KasminaSeed.blend`."""
         with self.lock:
             check_transition(seed.name, seed.stage, Stage.BLENDING)
+            to = check_value(seed.name, "alpha_target", to, "to")
             self.state.schedule_alpha(seed.index, to=to, steps=steps, schedule=schedule, now=self.clock)
             self.state.write(seed.index, gate=1.0)
             self._move(seed, Stage.BLENDING, f"blending to {to:g} within {steps} steps ({schedule})")
@@ -343,9 +348,20 @@ def _validate_once(kind: blueprints.Blueprint, body: nn.Module, site: SiteSpec, 
 
 def _load_weights(body: nn.Module, weights: Mapping[str, Tensor], blueprint: str, site: str) -> None:
     try:
-        body.load_state_dict(dict(weights), strict=True)
+        named = dict(weights)
+    except (TypeError, ValueError):
+        named = {}
+    if (not isinstance(weights, Mapping) and not named) or not all(isinstance(name, str) for name in named):
+        raise BlueprintError(
+            f"weights={shown(weights)} for blueprint {blueprint!r} at site {site!r}: expected a state_dict of its body, a dict "
+            f"of tensors by name: {shortened(', '.join(body.state_dict()))}"
+        )
+    try:
+        body.load_state_dict(named, strict=True)
     except RuntimeError as error:
-        raise BlueprintError(f"weights for blueprint {blueprint!r} at site {site!r} do not fit: {error}") from error
+        raise BlueprintError(
+            f"weights for blueprint {blueprint!r} at site {site!r} do not fit: {shortened(str(error))}"
+        ) from error
 
 
 def _warn_of_other_processes() -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, overload
 
+from esper_fx.checks import cause, shown
 from esper_fx.errors import LifecycleError
 
 
@@ -113,7 +114,7 @@ class GrowthEvent:
         except (KeyError, TypeError) as error:
             stages = ", ".join(Stage.__members__)
             raise LifecycleError(
-                f"{record!r} is not a growth event ({type(error).__name__}: {error}): expected step, site, frm, to, "
+                f"{shown(record)} is not a growth event ({cause(error)}): expected step, site, frm, to, "
                 f"why and blueprint, with stages out of {stages}"
             ) from error
 

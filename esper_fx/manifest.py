@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from esper_fx.checks import shown
 from esper_fx.errors import CheckpointError
 from esper_fx.lifecycle import Ledger, Stage
 from esper_fx.site import SiteSpec
@@ -149,7 +150,7 @@ class Manifest:
 
 def _bytes_of(tensor: Any) -> bytes:
     if not isinstance(tensor, Tensor) or tensor.ndim != 1:
-        raise TypeError(f"expected a uint8 tensor with one dimension, not {tensor!r}")
+        raise TypeError(f"expected a uint8 tensor with one dimension, not {shown(tensor)}")
     whole = tensor.detach().cpu().to(torch.uint8)
     # A checkpoint that was cast to half precision as a whole still holds every byte exactly.
     if not torch.equal(whole.to(tensor.dtype), tensor.detach().cpu()):
@@ -159,7 +160,7 @@ def _bytes_of(tensor: Any) -> bytes:
 
 def _expect(kind: type, value: Any) -> Any:
     if type(value) is not kind:
-        raise TypeError(f"expected {kind.__name__}, not {value!r}")
+        raise TypeError(f"expected {kind.__name__}, not {shown(value)}")
     return value
 
 
@@ -170,7 +171,7 @@ def _encode_body(site: str, body: BodyRecord) -> dict[str, Any]:
             config.append([name, encode(value)])
         except TypeError as error:
             raise CheckpointError(
-                f"the seed at {site!r} cannot be saved: parameter {name!r} of blueprint {body.blueprint!r} is {value!r}, "
+                f"the seed at {site!r} cannot be saved: parameter {name!r} of blueprint {body.blueprint!r} is {shown(value)}, "
                 f"and {error}; expected None, True, False, int, float, str, or lists, tuples and dicts of them"
             ) from None
     return {"blueprint": body.blueprint, "config": config, "stage": body.stage.name, "trainable": body.trainable}
@@ -241,4 +242,4 @@ def decode(value: Any) -> Any:
             return tuple(decode(item) for item in items)
         case {"dict": list(items), **rest} if not rest:
             return {decode(key): decode(item) for key, item in items}
-    raise ValueError(f"{value!r} is no value of a parameter")
+    raise ValueError(f"{shown(value)} is no value of a parameter")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from esper_fx.cache._background import ForkSafeLock
+from esper_fx.checks import shown, whole
 from esper_fx.lifecycle import Stage
 from esper_fx.state_fields import (
     FIELDS,
@@ -20,6 +21,8 @@ from esper_fx.state_fields import (
     check_schedule,
     check_value,
 )
+
+_FIELDS = tuple(FIELDS)  # asking a tuple is quick, and it can be asked about anything
 
 __all__ = ["FIELDS", "MAX_SCHEDULE_STEPS", "KasminaStateLayout", "Schedule", "StateError"]
 
@@ -94,10 +97,13 @@ class KasminaStateLayout(nn.Module):
             StateError: If ``n_seeds`` is negative or does not match ``names``.
         """
         super().__init__()
-        if n_seeds < 0 or (names is not None and len(names) != n_seeds):
+        number = whole(n_seeds)
+        if names is not None and not isinstance(names, Sequence):
+            raise StateError(f"names={shown(names)}: expected a list of the seeds' sites")
+        if number is None or number < 0 or (names is not None and len(names) != number):
             given = "" if names is None else f" with {len(names)} names"
-            raise StateError(f"n_seeds is {n_seeds}{given}: expected 0 or more, and as many names")
-        self.n_seeds = n_seeds
+            raise StateError(f"n_seeds is {shown(n_seeds)}{given}: expected 0 or more, and as many names")
+        self.n_seeds = n_seeds = number
         self.names = tuple(str(i) for i in range(n_seeds)) if names is None else tuple(names)
         self.generation = 0
         with torch.inference_mode(False):
@@ -122,16 +128,6 @@ class KasminaStateLayout(nn.Module):
         value: int | float = self._host()[field][i].item()
         return value
 
-    def column(self, field: str) -> list[int | float]:
-        """The values of one field for all seeds, from host memory.
-
-        Raises:
-            StateError: If there is no such field.
-        """
-        self._check_field(field)
-        values: list[int | float] = self._host()[field].tolist()
-        return values
-
     def rows(self, i: int) -> dict[str, int | float]:
         """All fields of seed ``i``, from host memory.
 
@@ -139,6 +135,11 @@ class KasminaStateLayout(nn.Module):
             StateError: If there is no such seed.
         """
         return {field: self.read(field, i) for field in FIELDS}
+
+    def columns(self) -> dict[str, list[int | float]]:
+        """All fields of all seeds, from host memory; a fixed number of operations however many seeds there are."""
+        host = self._host()
+        return {field: host[field].tolist() for field in FIELDS}
 
     def write(self, i: int, **fields: int | float) -> None:
         """Set fields of seed ``i`` on the device and in the mirror, all or none.
@@ -154,7 +155,7 @@ class KasminaStateLayout(nn.Module):
         """
         for field, value in fields.items():
             self._check(field, i)
-            check_value(self.names[i], field, value)
+            fields[field] = check_value(self.names[i], field, value)
         if "alpha" in fields:
             fields.setdefault("schedule", Schedule.NONE)
         with self._lock:
@@ -219,7 +220,7 @@ class KasminaStateLayout(nn.Module):
             StateError: If there is no such seed, or a value is out of range; nothing has changed then.
         """
         self._check("alpha", i)
-        check_value(self.names[i], "alpha_target", to)
+        to = check_value(self.names[i], "alpha_target", to, "to")
         kind = check_schedule(self.names[i], schedule, steps)
         with self._lock:
             self.write(
@@ -297,20 +298,19 @@ class KasminaStateLayout(nn.Module):
         embargoes = host["embargo_until"][host["stage"] == Stage.EMBARGOED]
         self._next_embargo = int(embargoes.min()) if embargoes.numel() else None
 
-    @staticmethod
-    def _check_field(field: str) -> None:
-        if field not in FIELDS:
-            raise StateError(f"seeds have no field {field!r}: expected one of {', '.join(FIELDS)}")
-
     def _check(self, field: str, i: int) -> None:
-        self._check_field(field)
-        if not 0 <= i < self.n_seeds:
+        if type(i) is int and 0 <= i < self.n_seeds and field in _FIELDS:
+            return
+        if field not in _FIELDS:
+            raise StateError(f"seeds have no field {shown(field)}: expected one of {', '.join(FIELDS)}")
+        number = whole(i)
+        if number is None or not 0 <= number < self.n_seeds:
             expected = (
                 f"expected 0 to {self.n_seeds - 1} ({self.n_seeds} seeds)"
                 if self.n_seeds
                 else "this model has no seeds"
             )
-            raise StateError(f"there is no seed {i}: {expected}")
+            raise StateError(f"there is no seed {shown(i)}: {expected}")
 
     # Moves, checkpoints and copies.
 

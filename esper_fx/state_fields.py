@@ -10,6 +10,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from esper_fx.checks import real, shown, whole
 from esper_fx.errors import LifecycleError
 from esper_fx.lifecycle import Stage
 
@@ -73,44 +74,52 @@ MAX_ALPHA = 1e30
 """Largest size of an alpha: the difference of two stays finite in float32."""
 
 
-def check_value(site: str, field: str, value: int | float) -> None:
-    """Refuse a value that a field cannot hold.
+def check_value(site: str, field: str, value: object, name: str | None = None) -> int | float:
+    """A value as a field holds it, a Python number.
+
+    Args:
+        site: The seed's site, for the message.
+        field: The field.
+        value: The value.
+        name: What the caller calls it. Default: as the field.
 
     Raises:
         StateError: Naming the site, the field, the value and what was expected.
     """
     dtype = FIELDS[field][0]
+    number = real(value) if dtype.is_floating_point else whole(value)
     if field == "stage":
-        ok, expected = value in tuple(Stage), "a Stage"
+        ok, expected = number in tuple(Stage), "a Stage"
     elif field == "schedule":
-        ok, expected = value in tuple(Schedule), "a Schedule"
+        ok, expected = number in tuple(Schedule), "a Schedule"
     elif field in MEASURED:
-        ok, expected = isinstance(value, int | float), "a number"
+        ok, expected = True, "a number"
     elif dtype.is_floating_point:
-        ok = isinstance(value, int | float) and abs(value) <= MAX_ALPHA
-        expected = f"a finite number of at most {MAX_ALPHA:g}"
+        ok, expected = number is not None and abs(number) <= MAX_ALPHA, f"a finite number of at most {MAX_ALPHA:g}"
     else:
         limits = torch.iinfo(dtype)
-        ok = isinstance(value, int) and limits.min <= value <= limits.max
+        ok = number is not None and limits.min <= number <= limits.max
         expected = f"a whole number that fits {dtype}"
-    if not ok:
-        raise StateError(f"{field}={value!r} for the seed at {site!r}: expected {expected}")
+    if number is None or not ok:
+        raise StateError(f"{name or field}={shown(value)} for the seed at {site!r}: expected {expected}")
+    return number
 
 
-def check_schedule(site: str, schedule: str, steps: int) -> Schedule:
+def check_schedule(site: str, schedule: object, steps: object) -> Schedule:
     """The kind of schedule that was asked for; without steps, every schedule is constant.
 
     Raises:
         StateError: If there is no such schedule, or the steps are out of range.
     """
     kinds = [kind.name.lower() for kind in Schedule if kind is not Schedule.NONE]
-    if schedule not in kinds:
-        raise StateError(f"schedule={schedule!r} for the seed at {site!r}: expected one of {kinds}")
-    if isinstance(steps, bool) or not isinstance(steps, int) or not 0 <= steps <= MAX_SCHEDULE_STEPS:
+    if not isinstance(schedule, str) or schedule not in kinds:
+        raise StateError(f"schedule={shown(schedule)} for the seed at {site!r}: expected one of {kinds}")
+    number = whole(steps)
+    if number is None or not 0 <= number <= MAX_SCHEDULE_STEPS:
         raise StateError(
-            f"steps={steps!r} for the seed at {site!r}: expected a whole number from 0 to {MAX_SCHEDULE_STEPS}"
+            f"steps={shown(steps)} for the seed at {site!r}: expected a whole number from 0 to {MAX_SCHEDULE_STEPS}"
         )
-    return Schedule[schedule.upper()] if steps else Schedule.CONSTANT
+    return Schedule[schedule.upper()] if number else Schedule.CONSTANT
 
 
 def advance_alpha(tensors: Mapping[str, Tensor], now: int) -> Tensor:

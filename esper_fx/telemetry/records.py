@@ -70,9 +70,9 @@ def records(model: MorphableModel) -> list[SiteRecord]:
 
 def records_of(growth: Growth) -> list[SiteRecord]:
     """The same of a model's growth."""
-    fields = ("alpha", "samples", "sampled_at", *MEASURED)
-    columns = [growth.state.column(field) for field in fields]
+    fields, columns = ("alpha", "samples", "sampled_at", *MEASURED), growth.state.columns()
+    rows = zip(*(columns[field] for field in fields), strict=True)
     return [
         SiteRecord(seed.name, seed.stage.name, seed.blueprint, **dict(zip(fields, row, strict=True)))
-        for seed, *row in zip(growth.by_index, *columns, strict=True)
+        for seed, row in zip(growth.by_index, rows, strict=True)
     ]

@@ -747,7 +747,7 @@ def _snapshot(model: esper_fx.MorphableModel, optimizer: torch.optim.Optimizer) 
         ),
         (EsperError, ValueError, "schedule", lambda model: model.seeds["2"].blend(schedule="sudden")),
         (EsperError, ValueError, "steps", lambda model: model.seeds["2"].blend(steps=-1)),
-        (EsperError, ValueError, "alpha", lambda model: model.seeds["2"].blend(to=float("nan"))),
+        (EsperError, ValueError, "to=nan", lambda model: model.seeds["2"].blend(to=float("nan"))),
         (EsperError, ValueError, "alpha", lambda model: model.seeds["0"].germinate("low_rank", alpha=float("inf"))),
         (
             OptimizerError,
