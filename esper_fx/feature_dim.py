@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from esper_fx.checks import shown, whole
 from esper_fx.errors import SiteError
 from esper_fx.passes.find_sites import glob_matches
 
@@ -27,12 +28,12 @@ def feature_dims(given: Any, sites: Sequence[str]) -> dict[str, int]:
         return {}
     if not isinstance(given, Mapping):
         return dict.fromkeys(sites, _whole(given, ""))
-    dims = {pattern: _whole(dim, f" for {pattern!r}") for pattern, dim in given.items()}
+    dims = {pattern: _whole(dim, f" for {shown(pattern)}") for pattern, dim in given.items()}
     for pattern in dims:
         if not isinstance(pattern, str) or not any(glob_matches(pattern, site) for site in sites):
             near = ", ".join(difflib.get_close_matches(str(pattern), sites, n=3, cutoff=0.0))
             raise SiteError(
-                f"feature_dim names {pattern!r}, which is none of the sites. Nearest sites: {near}. '*' stays within one "
+                f"feature_dim names {shown(pattern)}, which is none of the sites. Nearest sites: {near}. '*' stays within one "
                 "level of the dotted name, '**' crosses levels."
             )
     found = {site: next((dim for pattern, dim in dims.items() if glob_matches(pattern, site)), None) for site in sites}
@@ -54,8 +55,10 @@ def resolved(dim: int, shape: Sequence[int], site: str) -> int:
 
 
 def _whole(value: Any, where: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
+    number = whole(value)
+    if number is None:
         raise SiteError(
-            f"feature_dim={value!r}{where}: expected a whole number, such as 1 for maps [N, C, *] or -1 for the last dimension"
+            f"feature_dim={shown(value)}{where}: expected a whole number, such as 1 for maps [N, C, *] or -1 for the last "
+            "dimension"
         )
-    return value
+    return number

@@ -15,6 +15,7 @@ from esper_fx._torch import in_transform
 from esper_fx.adoption import adopt, adopt_python, plain_base
 from esper_fx.branch import NAMESPACE, Branch
 from esper_fx.checkpoint import watch_loading
+from esper_fx.checks import shown, whole
 from esper_fx.containers import goes_through_parts, items_of, on_parts
 from esper_fx.drafting import Scoping
 from esper_fx.errors import MorphError, SiteError
@@ -24,13 +25,13 @@ from esper_fx.lineage import ATTRIBUTE, is_lineage
 from esper_fx.model import MorphableModel, taken_names
 from esper_fx.original import Original, Swap, additions, footprint, original_of
 from esper_fx.passes.auto_sites import MAX_SITES, auto_sites
-from esper_fx.passes.find_sites import Sites, no_match_message, unmatched
+from esper_fx.passes.find_sites import Sites, checked, no_match_message, unmatched
 from esper_fx.passes.flow import observe, of_graph
 from esper_fx.passes.names import above, join
 from esper_fx.passes.pipeline import Draft
 from esper_fx.passes.trace import TraceError, trace
 from esper_fx.passes.trace_report import trace_report
-from esper_fx.rehearsal import Inputs, rehearse
+from esper_fx.rehearsal import Inputs, check_inputs, rehearse
 from esper_fx.replica import replica
 from esper_fx.seed import KasminaSeed
 from esper_fx.state import KasminaStateLayout
@@ -69,11 +70,21 @@ def morph(
 
     Raises:
         MorphError: ``net`` is morphed already, nothing in it can be traced, it has parameters without a shape yet, or
-            ``example_inputs`` do not fit it.
-        SiteError: No site was found, a site's value is not one floating tensor, or ``feature_dim`` does not fit it.
+            ``example_inputs`` do not fit it, or ``seed`` is no whole number.
+        SiteError: No site was found, a site's value is not one floating tensor, or ``sites``, ``max_sites`` or
+            ``feature_dim`` does not do.
     """
     if not isinstance(net, nn.Module):
         raise MorphError(f"morph() needs an nn.Module, not a {type(net).__name__}")
+    sites = checked(sites)
+    if (most := whole(max_sites)) is None or most < 1:
+        raise SiteError(f"max_sites={shown(max_sites)}: expected a whole number from 1")
+    if (number := whole(seed)) is None:
+        raise MorphError(
+            f"seed={shown(seed)}: expected a whole number, which the initial values of grown modules come from"
+        )
+    if example_inputs is not None:
+        check_inputs(example_inputs)
     modules = list(net.modules())
     if isinstance(net, MorphableModel) or any(isinstance(module, KasminaSeed) for module in modules):
         raise MorphError(f"{type(net).__name__} is morphed already; morph the original instead")
@@ -92,9 +103,9 @@ def morph(
     with collecting_later():
         root = replica(net)
     if isinstance(sites, str) and sites == "auto":
-        sites = _auto(root, example_inputs, max_sites)
+        sites = _auto(root, example_inputs, most)
     with collecting_later():
-        model = _assemble(root, sites, feature_dim, seed)
+        model = _assemble(root, sites, feature_dim, number)
     for pattern in unmatched(sites, model.seeds):
         logger.warning("%s", no_match_message(pattern, model.seeds))
     if example_inputs is None:
@@ -105,7 +116,7 @@ def morph(
         # Code around a traced module calls parts of it past its graph: that module must not be traced as one.
         with collecting_later():
             model = _assemble(
-                replica(net), sites, feature_dim, seed, opened={o for site in called for o in above(site)}
+                replica(net), sites, feature_dim, number, opened={o for site in called for o in above(site)}
             )
         _learn_values(model, example_inputs)
     return model

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from esper_fx._torch import FakeTensor, FakeTensorMode, pytree, quiet_fakes
+from esper_fx.checks import cause, shown
 from esper_fx.errors import MorphError, SiteError
 from esper_fx.passes.effects import Variables
 
@@ -18,6 +19,23 @@ logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 Inputs = Sequence[Any] | Mapping[str, Any]
+
+
+def check_inputs(example_inputs: Any) -> None:
+    """Refuse what cannot be the arguments of a call.
+
+    Raises:
+        MorphError: It is neither a sequence of arguments nor a mapping of keyword arguments.
+    """
+    if isinstance(example_inputs, Tensor):
+        raise MorphError("example_inputs must be a tuple of arguments, such as (x,), not one tensor")
+    kind = str if isinstance(example_inputs, Mapping) else object
+    usable = isinstance(example_inputs, Mapping | Sequence) and not isinstance(example_inputs, str | bytes)
+    if not usable or not all(isinstance(item, kind) for item in example_inputs):
+        raise MorphError(
+            f"example_inputs must be a tuple of arguments, such as (x,), or a dict of keyword arguments by name, not "
+            f"{shown(example_inputs)}"
+        )
 
 
 def rehearse(
@@ -37,8 +55,6 @@ def rehearse(
     Raises:
         MorphError: The inputs do not fit the model.
     """
-    if isinstance(example_inputs, Tensor):
-        raise MorphError("example_inputs must be a tuple of arguments, such as (x,), not one tensor")
     try:
         return _on_fakes(net, example_inputs, watch)
     except SiteError:
@@ -50,7 +66,7 @@ def rehearse(
     except SiteError:
         raise
     except Exception as error:
-        raise MorphError(f"example_inputs do not fit {name}: {type(error).__name__}: {error}") from error
+        raise MorphError(f"example_inputs do not fit {name}: {cause(error)}") from error
 
 
 def _on_fakes(net: nn.Module, inputs: Inputs, watch: Callable[[nn.Module, Callable[[], Any]], Result]) -> Result:

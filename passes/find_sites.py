@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from esper_fx.checks import shown
 from esper_fx.errors import SiteError
 from esper_fx.passes.names import join
 from esper_fx.passes.pipeline import Draft
@@ -28,6 +29,38 @@ def _expression(glob: str) -> re.Pattern[str]:
     parts = re.split(r"(\*\*|\*|\?)", glob)
     wildcard = {"**": ".*", "*": "[^.]*", "?": "[^.]"}
     return re.compile("".join(wildcard.get(part, re.escape(part)) for part in parts))
+
+
+def checked(sites: Any) -> Sites:
+    """What a caller gives as sites; several as a list.
+
+    Raises:
+        SiteError: It is nothing that selects, or one of several is not.
+    """
+    if callable(sites) and not isinstance(sites, type | nn.Module):
+        return sites
+    if not isinstance(sites, tuple) and _is_selector(sites):
+        return sites if isinstance(sites, str | type | re.Pattern) else [sites]
+    given = f"sites={shown(sites)}"
+    if isinstance(sites, Iterable) and not isinstance(sites, bytes | nn.Module):
+        several = list(sites)
+        wrong = [item for item in several if not _is_selector(item)]
+        if not wrong:
+            return several
+        given = f"{shown(wrong[0])} in sites={shown(several)}"
+    raise SiteError(
+        f"{given} is nothing that selects: expected a name or a glob such as 'layers.*', a compiled regular expression, a "
+        "module type, a list of these, or a predicate over graph nodes; sites='auto' finds some by itself"
+    )
+
+
+def _is_selector(value: Any) -> bool:
+    if isinstance(value, re.Pattern):
+        return isinstance(value.pattern, str)
+    try:
+        return isinstance(value, str) or isinstance(None, value) is not None
+    except TypeError:  # neither a type nor a union of types
+        return False
 
 
 def find_sites(draft: Draft, *, sites: Sites, modules: Mapping[str, nn.Module], scope: str = "") -> bool:
@@ -105,7 +138,7 @@ def no_match_message(sites: Any, names: Iterable[str]) -> str:
     wanted = sites.pattern if isinstance(sites, re.Pattern) else str(sites)
     nearest = difflib.get_close_matches(wanted, candidates, n=5, cutoff=0.0)
     return (
-        f"sites={sites!r} selects no module of this model. Nearest names: {', '.join(nearest) or 'none'}. "
+        f"sites={shown(sites)} selects no module of this model. Nearest names: {', '.join(nearest) or 'none'}. "
         "'*' stays within one level of the dotted name, '**' crosses levels."
     )
 
