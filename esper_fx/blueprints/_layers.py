@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from esper_fx.checks import shown
 from esper_fx.errors import BlueprintError
 from esper_fx.site import SiteSpec
 
@@ -122,9 +123,9 @@ def activation_module(blueprint: str, name: str | None) -> nn.Module:
     """
     if name is None:
         return nn.Identity()
-    if name not in ACTIVATIONS:
+    if not isinstance(name, str) or name not in ACTIVATIONS:
         options = ", ".join(repr(option) for option in ACTIVATIONS)
-        raise BlueprintError(f"activation={name!r} for blueprint {blueprint!r}: expected None, {options}")
+        raise BlueprintError(f"activation={shown(name)} for blueprint {blueprint!r}: expected None, {options}")
     return ACTIVATIONS[name]()
 
 
@@ -136,4 +137,4 @@ def check_positive(blueprint: str, **values: int) -> None:
     """
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise BlueprintError(f"{name}={value!r} for blueprint {blueprint!r}: expected a whole number from 1")
+            raise BlueprintError(f"{name}={shown(value)} for blueprint {blueprint!r}: expected a whole number from 1")

@@ -18,6 +18,7 @@ from esper_fx.blueprints._layers import (
     zero_,
 )
 from esper_fx.blueprints.registry import blueprint
+from esper_fx.checks import shown
 from esper_fx.errors import BlueprintError
 from esper_fx.site import SiteSpec
 
@@ -90,7 +91,7 @@ def low_rank(
     elif reads == "input":
         down, up = source_layers("low_rank", site, rank)
     else:
-        raise BlueprintError(f"reads={reads!r} for blueprint 'low_rank': expected 'output' or 'input'")
+        raise BlueprintError(f"reads={shown(reads)} for blueprint 'low_rank': expected 'output' or 'input'")
     if reads == "output" and scale == 1.0 and not dropout:
         return TwoLayers(down, middle, zero_(up))
     return LowRank(down, middle, zero_(up), scale=float(scale), dropout=float(dropout), reads_source=reads == "input")
@@ -104,4 +105,4 @@ def _check_real(name: str, value: float, low: float, high: float) -> None:
     """
     if isinstance(value, bool) or not isinstance(value, int | float) or not (low <= value < high) or math.isinf(value):
         bounds = "a finite number" if math.isinf(high) else f"a number from {low:g} to below {high:g}"
-        raise BlueprintError(f"{name}={value!r} for blueprint 'low_rank': expected {bounds}")
+        raise BlueprintError(f"{name}={shown(value)} for blueprint 'low_rank': expected {bounds}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import logging
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -15,12 +16,15 @@ import torch
 from torch import nn
 
 from esper_fx.blueprints.cost import Cost, measure
+from esper_fx.checks import cause, shown
 from esper_fx.errors import BlueprintError, UnknownBlueprintError
 from esper_fx.ops import reads_source
 from esper_fx.site import SiteSpec
 
 BuildFunction = TypeVar("BuildFunction", bound=Callable[..., nn.Module])
 FitsFunction = Callable[[SiteSpec], "str | None"]
+
+logger = logging.getLogger(__name__)
 
 _REGISTRY: dict[str, Blueprint] = {}
 
@@ -52,10 +56,14 @@ class Blueprint:
             BlueprintError: If a parameter is unknown or missing.
         """
         parameters = self.parameters
+        if not isinstance(config, Mapping):
+            raise BlueprintError(
+                f"the config of blueprint {self.name!r} is {shown(config)}: expected a dict, with {_accepted(parameters)}"
+            )
         for name, value in config.items():
             if name not in parameters:
                 raise BlueprintError(
-                    f"blueprint {self.name!r} has no parameter {name!r} (given {name}={value!r}): "
+                    f"blueprint {self.name!r} has no parameter {name!r} (given {name}={shown(value)}): "
                     f"it accepts {_accepted(parameters)}{_nearest(name, parameters)}"
                 )
         for name, parameter in parameters.items():
@@ -77,10 +85,27 @@ class Blueprint:
         return tuple((name, self._freeze(name, value)) for name, value in self.bind(config).items())
 
     def fits(self, site: SiteSpec) -> str | None:
-        """Why this site cannot take the body, or None if it can."""
+        """Why this site cannot take the body, or None if it can.
+
+        Raises:
+            BlueprintError: It is no `SiteSpec`.
+        """
+        if not isinstance(site, SiteSpec):
+            raise BlueprintError(
+                f"blueprint {self.name!r} was asked about {shown(site)}: expected a SiteSpec, such as model.seeds[name].site"
+            )
         if site.odd is not None:
             return f"its values have different numbers of features, such as those of shapes {site.shape} and {site.odd}"
-        return None if self.fits_function is None else self.fits_function(site)
+        try:
+            reason: object = None if self.fits_function is None else self.fits_function(site)
+        except Exception as error:  # it must not be in the way of others, which are asked as well
+            logger.debug("the fits function of blueprint %r failed", self.name, exc_info=True)
+            return f"its fits function failed with {cause(error)}"
+        if reason is None or isinstance(reason, str):
+            return reason
+        return (
+            f"its fits function returned {shown(reason)}, expected None where it fits and else a text that says why not"
+        )
 
     def build(self, site: SiteSpec, config: Mapping[str, Any], *, seed: int) -> nn.Module:
         """Build the body for a site, on the site's device and in its dtype.
@@ -105,7 +130,7 @@ class Blueprint:
         reason = self.fits(site)
         if reason is not None:
             raise BlueprintError(f"blueprint {self.name!r} does not fit site {site.name!r}: {reason}")
-        described = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+        described = ", ".join(f"{name}={shown(value)}" for name, value in arguments.items())
         try:
             # Also for a caller in inference mode: the body is there to be trained.
             with torch.inference_mode(False), torch.enable_grad(), _on_cpu(), seeded(site.device, seed):
@@ -115,7 +140,7 @@ class Blueprint:
         except Exception as error:
             raise BlueprintError(
                 f"blueprint {self.name!r} failed to build a body for site {site.name!r} {list(site.shape)} "
-                f"with {described or 'no parameters'}: {type(error).__name__}: {error}"
+                f"with {described or 'no parameters'}: {cause(error)}"
             ) from error
         if not isinstance(body, nn.Module):
             raise BlueprintError(
@@ -141,14 +166,14 @@ class Blueprint:
         Raises:
             BlueprintError: As in ``build``, or if the body does not run on a value of the site's shape.
         """
-        site = dataclasses.replace(site, device=torch.device("cpu"))
+        if isinstance(site, SiteSpec):  # build says what is wrong with others
+            site = dataclasses.replace(site, device=torch.device("cpu"))
         body = self.build(site, config, seed=0)
         try:
             return measure(body, site)
         except Exception as error:
             raise BlueprintError(
-                f"the body of blueprint {self.name!r} fails at site {site.name!r} {list(site.shape)}: "
-                f"{type(error).__name__}: {error}"
+                f"the body of blueprint {self.name!r} fails at site {site.name!r} {list(site.shape)}: {cause(error)}"
             ) from error
 
     def _freeze(self, name: str, value: Any) -> Hashable:
@@ -164,7 +189,7 @@ class Blueprint:
             hash(value)
         except TypeError as error:
             raise BlueprintError(
-                f"parameter {name!r} of blueprint {self.name!r} is {value!r}, which cannot be hashed: "
+                f"parameter {name!r} of blueprint {self.name!r} is {shown(value)}, which cannot be hashed: "
                 "expected numbers, strings, and lists or dicts of them"
             ) from error
         return (kind, value)
@@ -187,10 +212,17 @@ def blueprint(
         replace: Register it in place of an earlier one of that name.
 
     Raises:
-        BlueprintError: If the name is taken or empty, or the function's signature does not do.
+        BlueprintError: If the name is taken or empty, ``fits`` is no function, or the function's signature does not do.
     """
     if not isinstance(name, str) or not name:
-        raise BlueprintError(f"a blueprint's name is a non-empty string, not {name!r}: write @blueprint('my_adapter')")
+        raise BlueprintError(
+            f"a blueprint's name is a non-empty string, not {shown(name)}: write @blueprint('my_adapter')"
+        )
+    if fits is not None and not callable(fits):
+        raise BlueprintError(
+            f"fits={shown(fits)} of blueprint {name!r}: expected a function of a site that returns None where the body fits, "
+            "and else a text that says why not"
+        )
 
     def register(function: BuildFunction) -> BuildFunction:
         if name in _REGISTRY and not replace:
@@ -198,7 +230,13 @@ def blueprint(
                 f"a blueprint {name!r} is already registered ({_REGISTRY[name].function.__qualname__}): "
                 "choose another name, or pass replace=True"
             )
-        parameters = list(inspect.signature(function).parameters.values())
+        try:
+            parameters = list(inspect.signature(function).parameters.values())
+        except (TypeError, ValueError) as error:
+            raise BlueprintError(
+                f"blueprint {name!r} is {shown(function)}: expected a function, def {name}(site, *, ...), whose parameters can "
+                "be read"
+            ) from error
         if not parameters or parameters[0].kind not in (
             inspect.Parameter.POSITIONAL_ONLY,
             inspect.Parameter.POSITIONAL_OR_KEYWORD,
@@ -208,9 +246,9 @@ def blueprint(
             )
         for parameter in parameters[1:]:
             if parameter.kind not in (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD):
-                shown = str(parameter.replace(annotation=parameter.empty))
+                described = str(parameter.replace(annotation=parameter.empty))
                 raise BlueprintError(
-                    f"blueprint {name!r} takes {shown}: expected parameters with names of their own, "
+                    f"blueprint {name!r} takes {described}: expected parameters with names of their own, "
                     "because they identify the body"
                 )
         _REGISTRY[name] = Blueprint(name, function, fits)
@@ -225,9 +263,9 @@ def get(name: str) -> Blueprint:
     Raises:
         UnknownBlueprintError: If there is none.
     """
-    if name not in _REGISTRY:
+    if not isinstance(name, str) or name not in _REGISTRY:
         raise UnknownBlueprintError(
-            f"no blueprint is registered under {name!r}: there are {', '.join(names())}{_nearest(name, _REGISTRY)}"
+            f"no blueprint is registered under {shown(name)}: there are {', '.join(names())}{_nearest(name, _REGISTRY)}"
         )
     return _REGISTRY[name]
 
@@ -242,7 +280,7 @@ def _accepted(parameters: Mapping[str, inspect.Parameter]) -> str:
 
 
 def _nearest(name: str, candidates: Mapping[str, Any]) -> str:
-    close = difflib.get_close_matches(str(name), candidates, n=1)
+    close = difflib.get_close_matches(shown(name).strip("'"), candidates, n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 

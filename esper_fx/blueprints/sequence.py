@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from esper_fx.blueprints import registry
+from esper_fx.checks import shown
 from esper_fx.errors import BlueprintError
 from esper_fx.ops import reads_source
 from esper_fx.site import SiteSpec
@@ -44,7 +45,7 @@ def sequence(site: SiteSpec, *, parts: Sequence[str | Sequence[Any]]) -> nn.Modu
     """
     if isinstance(parts, str) or not isinstance(parts, Sequence) or not parts:
         raise BlueprintError(
-            f"parts={parts!r} for blueprint 'sequence': expected a list of names or (name, parameters), at least one"
+            f"parts={shown(parts)} for blueprint 'sequence': expected a list of names or (name, parameters), at least one"
         )
     return Chain([_build(site, part) for part in parts])
 
@@ -68,5 +69,5 @@ def _pair(part: Any) -> tuple[str, Mapping[str, Any]]:
     if isinstance(part, Sequence) and len(part) == 2 and isinstance(part[0], str) and isinstance(part[1], Mapping):
         return part[0], part[1]
     raise BlueprintError(
-        f"part {part!r} of blueprint 'sequence': expected a blueprint's name, or (name, {{parameter: value}})"
+        f"part {shown(part)} of blueprint 'sequence': expected a blueprint's name, or (name, {{parameter: value}})"
     )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from esper_fx.blueprints.registry import seeded
+from esper_fx.checks import cause
 from esper_fx.errors import BlueprintError
 from esper_fx.ops import reads_source
 from esper_fx.site import SiteSpec
@@ -44,7 +45,7 @@ def validate_body(blueprint_name: str, body: nn.Module, site: SiteSpec, *, allow
         ):
             delta = copy.deepcopy(body)(x)
     except Exception as error:
-        raise BlueprintError(f"{what} failed on an input of shape {shape}: {type(error).__name__}: {error}") from error
+        raise BlueprintError(f"{what} failed on an input of shape {shape}: {cause(error)}") from error
     if not isinstance(delta, Tensor):
         raise BlueprintError(
             f"{what} returned {type(delta).__name__}: expected one tensor of the {'input' if source is None else 'site'}'s "
