@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from esper_fx.cache._background import ForkSafeLock
+from esper_fx.checks import path_of, real, shown, whole
 from esper_fx.errors import SettingsError
 
 _WHOLE = {
@@ -62,15 +63,22 @@ class Settings:
     def __post_init__(self) -> None:
         for name, (low, high) in _WHOLE.items():
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-                raise SettingsError(f"setting {name}={value!r}: expected a whole number from {low} to {high}")
+            if (number := whole(value)) is None or not low <= number <= high:
+                raise SettingsError(f"setting {name}={shown(value)}: expected a whole number from {low} to {high}")
+            object.__setattr__(self, name, number)
         for name, (least, most) in _REAL.items():
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
-                raise SettingsError(f"setting {name}={value!r}: expected a number from {least} to {most}")
+            if (size := real(value)) is None or not least <= size <= most:
+                raise SettingsError(f"setting {name}={shown(value)}: expected a number from {least} to {most}")
+            object.__setattr__(self, name, size)
         for name in ("store", "blocks", "fused_kernels"):
             if not isinstance(getattr(self, name), bool):
-                raise SettingsError(f"setting {name}={getattr(self, name)!r}: expected True or False")
+                raise SettingsError(f"setting {name}={shown(getattr(self, name))}: expected True or False")
+        folder: object = self.cache_dir
+        if folder == "":
+            raise SettingsError("cache_dir='': expected the path of a folder, or None for the user's cache folder")
+        if folder is not None:
+            object.__setattr__(self, "cache_dir", path_of(folder, "setting cache_dir", SettingsError))
 
     @classmethod
     def from_environment(cls) -> Settings:
@@ -129,10 +137,6 @@ class configure:
                 near = difflib.get_close_matches(name, known, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else "."
                 raise SettingsError(f"there is no setting {name!r}{hint} Settings: {', '.join(known)}")
-        if changes.get("cache_dir") == "":
-            raise SettingsError("cache_dir='': expected the path of a folder, or None for the user's cache folder")
-        if changes.get("cache_dir") is not None:
-            changes["cache_dir"] = Path(changes["cache_dir"])
         self._previous = settings()
         changed = dataclasses.replace(self._previous, **changes)
         with _lock:

@@ -16,9 +16,10 @@ from typing import Any, Protocol
 from esper_fx.cache._background import DaemonPool, register_after_fork
 from esper_fx.cache._memory import PinnedLru
 from esper_fx.cache.job import Job, JobResult
-from esper_fx.cache.key import KernelKey
+from esper_fx.cache.key import KernelKey, digest_of
 from esper_fx.cache.store import ArtifactStore
-from esper_fx.errors import KernelBuildError, SettingsError, StoreError
+from esper_fx.checks import shown, whole
+from esper_fx.errors import ArgumentError, KernelBuildError, SettingsError, StoreError
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +96,7 @@ class KernelCache:
         compiler: What makes missing kernels; without one, a kernel that no store has cannot be fetched.
 
     Raises:
-        SettingsError: A bound is below 1.
+        SettingsError: A bound is no whole number from 1, or ``store`` or ``compiler`` is something else.
     """
 
     def __init__(
@@ -106,14 +107,24 @@ class KernelCache:
         store: ArtifactStore | None = None,
         compiler: JobRunner | None = None,
     ) -> None:
-        for name, bound in (("max_entries", max_entries), ("max_bytes", max_bytes)):
-            if bound < 1:
-                raise SettingsError(f"{name}={bound!r}: expected at least 1")
+        bounds = []
+        for name, given in (("max_entries", max_entries), ("max_bytes", max_bytes)):
+            if (bound := whole(given)) is None or bound < 1:
+                raise SettingsError(f"{name}={shown(given)}: expected at least 1, a whole number")
+            bounds.append(bound)
+        if store is not None and (isinstance(store, type) or not hasattr(store, "quarantine")):
+            raise SettingsError(
+                f"store={shown(store)}: expected an ArtifactStore, such as ArtifactStore(folder), or None"
+            )
+        if compiler is not None and (isinstance(compiler, type) or not hasattr(compiler, "submit")):
+            raise SettingsError(
+                f"compiler={shown(compiler)}: expected a KernelCompiler, such as KernelCompiler(), or None"
+            )
         self.store = store
         self.compiler = compiler
         # Reentrant: a finalizer may run in the middle of a method and unpin what its object used.
         self._lock = threading.RLock()
-        self._memory = PinnedLru(max_entries, max_bytes)
+        self._memory = PinnedLru(*bounds)
         self._flights: dict[str, _Flight] = {}
         self._hits = self._misses = self._joins = self._loads = self._compiles = self._failures = 0
         self._load_ms: deque[float] = deque(maxlen=_LOAD_SAMPLES)
@@ -124,7 +135,7 @@ class KernelCache:
     def get(self, key: KernelKey) -> Any | None:
         """Returns the kernel if it is in memory, and marks it as used."""
         with self._lock:
-            entry = self._memory.touch(key.digest)
+            entry = self._memory.touch(digest_of(key))
             if entry is None:
                 self._misses += 1
                 return None
@@ -133,19 +144,20 @@ class KernelCache:
 
     def peek(self, key: KernelKey) -> Any | None:
         """Returns the kernel if it is in memory; neither recency nor statistics change."""
-        entry = self._memory.entries.get(key.digest)
+        entry = self._memory.entries.get(digest_of(key))
         return None if entry is None else entry.kernel
 
     def put(self, key: KernelKey, kernel: Any, *, nbytes: int) -> None:
         """Inserts a kernel made elsewhere, in place of the one that the key had.
 
         Raises:
-            ValueError: ``nbytes`` is negative.
+            ArgumentError: ``nbytes`` is negative or no whole number.
         """
-        if nbytes < 0:
-            raise ValueError(f"nbytes={nbytes} of kernel {key}: expected 0 or more")
+        digest, number = digest_of(key), whole(nbytes)
+        if number is None or number < 0:
+            raise ArgumentError(f"nbytes={shown(nbytes)} of kernel {key}: expected 0 or more, a whole number")
         with self._lock:
-            dropped = self._memory.insert(key.digest, kernel, nbytes)
+            dropped = self._memory.insert(digest, kernel, number)
         del dropped  # only now, outside the lock
 
     def fetch(self, key: KernelKey, *, load: Callable[[bytes], Any], build: Callable[[], Job]) -> Future[Any]:
@@ -163,7 +175,7 @@ class KernelCache:
         Returns:
             A future that raises ``KernelBuildError`` if the kernel could not be had.
         """
-        digest = key.digest
+        digest = digest_of(key)
         with self._lock:
             entry = self._memory.touch(digest)
             if entry is not None:
@@ -187,19 +199,20 @@ class KernelCache:
     def pin(self, key: KernelKey) -> None:
         """Keeps the kernel from being evicted until ``unpin``; counted, and allowed before the kernel is there."""
         with self._lock:
-            self._memory.pin(key.digest)
+            self._memory.pin(digest_of(key))
 
     def unpin(self, key: KernelKey) -> None:
         """Takes back one ``pin``; the cache then shrinks to its bounds.
 
         Raises:
-            ValueError: The key is not pinned.
+            ArgumentError: The key is not pinned.
         """
+        digest = digest_of(key)
         try:
             with self._lock:
-                dropped = self._memory.unpin(key.digest)
+                dropped = self._memory.unpin(digest)
         except KeyError:
-            raise ValueError(f"kernel {key} is not pinned: every unpin needs a pin before it") from None
+            raise ArgumentError(f"kernel {key} is not pinned: every unpin needs a pin before it") from None
         del dropped
 
     def clear(self) -> None:
@@ -234,7 +247,7 @@ class KernelCache:
         return len(self._memory.entries)
 
     def __contains__(self, key: KernelKey) -> bool:
-        return key.digest in self._memory.entries
+        return digest_of(key) in self._memory.entries
 
     def after_fork_in_child(self) -> None:
         """Keeps the kernels and forgets the flights: the threads that would land them stayed in the parent."""

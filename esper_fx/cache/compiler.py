@@ -17,7 +17,8 @@ from typing import Any
 from esper_fx.cache._background import register_after_fork
 from esper_fx.cache._process import WorkerDiedError, WorkerProcess, WorkerTimeoutError
 from esper_fx.cache.job import Job, JobResult, check_target
-from esper_fx.errors import KernelBuildError, SettingsError
+from esper_fx.checks import real, shown, whole
+from esper_fx.errors import ArgumentError, KernelBuildError, SettingsError
 
 logger = logging.getLogger(__name__)
 
@@ -78,19 +79,29 @@ class KernelCompiler:
         warm: str | None = None,
         job_timeout: float | None = 600.0,
     ) -> None:
-        _check_at_least("workers", workers, 1)
-        _check_at_least("threads", threads, 1)
-        if not 0 <= nice <= 19:
-            raise SettingsError(f"nice={nice!r}: expected 0 to 19 (0 is this process's own priority)")
-        if job_timeout is not None and not job_timeout > 0:
-            raise SettingsError(f"job_timeout={job_timeout!r}: expected seconds above 0, or None for no limit")
+        self._limit = _at_least_one("workers", workers)
+        thread_count = _at_least_one("threads", threads)
+        niceness = whole(nice)
+        if niceness is None or not 0 <= niceness <= 19:
+            raise SettingsError(
+                f"nice={shown(nice)}: expected 0 to 19 (0 is this process's own priority), a whole number"
+            )
+        seconds = real(job_timeout)
+        if job_timeout is not None and (seconds is None or not seconds > 0):
+            raise SettingsError(f"job_timeout={shown(job_timeout)}: expected seconds above 0, or None for no limit")
         if warm is not None:
             check_target(warm)
-        self._limit = workers
-        self._nice = nice
-        self._environment = dict.fromkeys(_THREAD_VARIABLES, str(threads)) | dict(environment)
+        texts = isinstance(environment, Mapping) and all(
+            isinstance(t, str) for each in environment.items() for t in each
+        )
+        if not texts:
+            raise SettingsError(
+                f"environment={shown(environment)}: expected a dict of texts by name, such as {{'LANG': 'C'}}"
+            )
+        self._nice = niceness
+        self._environment = dict.fromkeys(_THREAD_VARIABLES, str(thread_count)) | dict(environment)
         self._warm = warm
-        self._job_timeout = job_timeout
+        self._job_timeout = seconds
         self._numbers = itertools.count()
         self._closed = False
         self._reset()
@@ -114,7 +125,10 @@ class KernelCompiler:
 
         Raises:
             KernelBuildError: The compiler is closed.
+            ArgumentError: It is no job.
         """
+        if not isinstance(job, Job):
+            raise ArgumentError(f"submit() needs a Job, such as Job('package.module:function', b''), not {shown(job)}")
         future: Future[JobResult] = Future()
         with self._condition:
             if self._closed:
@@ -314,6 +328,8 @@ def _closed_message(job: Job) -> str:
     return f"the kernel compiler was closed before job {job.target} was done"
 
 
-def _check_at_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise SettingsError(f"{name}={value!r}: expected at least {least}")
+def _at_least_one(name: str, value: object) -> int:
+    number = whole(value)
+    if number is None or number < 1:
+        raise SettingsError(f"{name}={shown(value)}: expected at least 1, a whole number")
+    return number

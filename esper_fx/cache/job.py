@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from esper_fx.checks import shown
 from esper_fx.errors import SettingsError
 
 
@@ -42,9 +43,9 @@ class JobResult:
 
 def check_target(target: str) -> None:
     """Raises SettingsError unless a worker process could look this name up."""
-    module, separator, function = target.partition(":")
+    module, separator, function = target.partition(":") if isinstance(target, str) else ("", "", "")
     if not (module and separator and function):
-        raise SettingsError(f"job target {target!r}: expected 'package.module:function'")
+        raise SettingsError(f"job target {shown(target)}: expected 'package.module:function'")
     if module == "__main__":
         raise SettingsError(
             f"job target {target!r}: a worker process cannot import the main script; move the function into a module"

@@ -9,6 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from esper_fx.checks import shown
+from esper_fx.errors import ArgumentError
+
 # Part of every digest: a change of the encoding below must give new keys.
 _ENCODING = "esper_fx.kernel_key/1"
 _DIGEST = re.compile(r"[0-9a-f]{64}\Z")
@@ -23,6 +26,9 @@ class KernelKey:
     Attributes:
         digest: SHA-256 over all parts, 64 lower-case hexadecimal digits.
         parts: Name and SHA-256 of every part, sorted by name. They say *what* differs between two keys.
+
+    Raises:
+        ArgumentError: ``digest`` or ``parts`` is something else.
     """
 
     digest: str
@@ -31,7 +37,11 @@ class KernelKey:
     def __post_init__(self) -> None:
         # The digest becomes a file name: nothing but hexadecimal digits may get through.
         if not isinstance(self.digest, str) or _DIGEST.match(self.digest) is None:
-            raise ValueError(f"kernel key digest {self.digest!r}: expected 64 lower-case hexadecimal digits")
+            raise ArgumentError(f"kernel key digest {shown(self.digest)}: expected 64 lower-case hexadecimal digits")
+        if not isinstance(self.parts, tuple) or not all(
+            isinstance(part, tuple) and len(part) == 2 for part in self.parts
+        ):
+            raise ArgumentError(f"kernel key parts {shown(self.parts)}: expected a tuple of pairs, name and SHA-256")
 
     @classmethod
     def of(cls, **parts: Any) -> KernelKey:
@@ -45,17 +55,30 @@ class KernelKey:
                 (with str keys) of them.
 
         Raises:
-            TypeError: A value has another type; the message says where. Sets are refused because their order is not
-                stable between processes: sort them first.
-            ValueError: No part was given.
+            ArgumentError: A value has another type (the message says where), or no part was given. Sets are refused because
+                their order is not stable between processes: sort them first.
         """
         if not parts:
-            raise ValueError("kernel key without parts: expected at least one, such as KernelKey.of(graph=...)")
+            raise ArgumentError("kernel key without parts: expected at least one, such as KernelKey.of(graph=...)")
         digests = tuple((name, _sha256(_tagged(parts[name], name))) for name in sorted(parts))
         return cls(_sha256([_ENCODING, *map(list, digests)]), digests)
 
     def __str__(self) -> str:
         return self.digest[:12]
+
+
+def digest_of(key: KernelKey) -> str:
+    """The digest of a kernel's key.
+
+    Raises:
+        ArgumentError: It is no key.
+    """
+    try:
+        return key.digest
+    except AttributeError:
+        raise ArgumentError(
+            f"{shown(key)} is no kernel key: expected a KernelKey, such as KernelKey.of(graph=...)"
+        ) from None
 
 
 def explain_miss(wanted: KernelKey, found: KernelKey) -> list[str]:
@@ -82,12 +105,12 @@ def _tagged(value: Any, where: str) -> Any:
     if isinstance(value, Mapping):
         for key in value:
             if not isinstance(key, str):
-                raise TypeError(
-                    f"kernel key part {where}: its key {key!r} is of type {type(key).__name__}, expected str"
+                raise ArgumentError(
+                    f"kernel key part {where}: its key {shown(key)} is of type {type(key).__name__}, expected str"
                 )
         return {"map": [[key, _tagged(value[key], f"{where}[{key!r}]")] for key in sorted(value)]}
     advice = "; sort it into a list" if isinstance(value, set | frozenset) else ""
-    raise TypeError(
+    raise ArgumentError(
         f"kernel key part {where} has a value of type {type(value).__name__}: expected None, bool, int, float, str, "
         f"bytes, or lists, tuples and dictionaries of them{advice}"
     )

@@ -13,9 +13,10 @@ from pathlib import Path
 import platformdirs
 
 from esper_fx.cache import _files
-from esper_fx.cache.key import KernelKey
+from esper_fx.cache.key import KernelKey, digest_of
 from esper_fx.cache.manifest import MALFORMED, Manifest
-from esper_fx.errors import StoreError
+from esper_fx.checks import path_of, shown, whole
+from esper_fx.errors import ArgumentError, SettingsError, StoreError
 
 logger = logging.getLogger(__name__)
 
@@ -43,10 +44,14 @@ class ArtifactStore:
     Raises:
         StoreError: The folder is missing (with ``create=False``), not a folder, not writable, owned by somebody else,
             or writable by others; or so is a folder above it (root's, and sticky ones like ``/tmp``, will do).
+        SettingsError: ``root`` is no path.
     """
 
     def __init__(self, root: Path | None = None, *, create: bool = True) -> None:
-        self.root = Path(platformdirs.user_cache_dir("esper_fx")) / "kernels" if root is None else Path(root)
+        if root is None:
+            self.root = Path(platformdirs.user_cache_dir("esper_fx")) / "kernels"
+        else:
+            self.root = path_of(root, "the root of an artifact store", SettingsError)
         if create:
             _files.make_private_folders(self.root)
         _files.check_folder(self.root)
@@ -80,12 +85,18 @@ class ArtifactStore:
         """Stores an artifact, in place of the one that the key had.
 
         Raises:
-            TypeError: A metadata value is neither str, int nor float.
+            ArgumentError: ``data`` is no bytes, or a metadata value is neither str, int nor float.
             StoreError: The files could not be written (a full disk, a folder that went away).
         """
+        if not isinstance(data, bytes | bytearray | memoryview):
+            raise ArgumentError(f"data of kernel {key}: expected bytes, not {shown(data)}")
+        if not isinstance(metadata, Mapping):
+            raise ArgumentError(f"metadata={shown(metadata)}: expected a dict, such as {{'compile_seconds': 1.5}}")
         for name, value in metadata.items():
             if not isinstance(name, str) or not isinstance(value, str | int | float):
-                raise TypeError(f"metadata {name!r}={value!r}: expected a str name and a str, int or float value")
+                raise ArgumentError(
+                    f"metadata {shown(name)}={shown(value)}: expected a str name and a str, int or float value"
+                )
         manifest = Manifest(key, hashlib.sha256(data).hexdigest(), len(data), time.time(), metadata)
         try:
             _files.make_private_folders(self._manifest_path(key).parent)
@@ -145,7 +156,12 @@ class ArtifactStore:
 
         Returns:
             How many entries were deleted.
+
+        Raises:
+            ArgumentError: ``max_bytes`` is no whole number from 0.
         """
+        if (most := whole(max_bytes)) is None or most < 0:
+            raise ArgumentError(f"max_bytes={shown(max_bytes)}: expected a whole number from 0")
         for path in self._leftovers():
             if time.time() - _files.modified(path) > _LEFTOVER_AGE_S:
                 path.unlink(missing_ok=True)
@@ -153,7 +169,7 @@ class ArtifactStore:
         total = sum(manifest.nbytes for manifest in entries)
         deleted = 0
         for manifest in entries:
-            if total <= max_bytes:
+            if total <= most:
                 break
             deleted += self.delete(manifest.key)
             total -= manifest.nbytes
@@ -166,7 +182,8 @@ class ArtifactStore:
         yield from (path for path in self.root.glob("??/*.bin") if path not in current)
 
     def _manifest_path(self, key: KernelKey) -> Path:
-        return self.root / key.digest[:2] / f"{key.digest}.json"
+        digest = digest_of(key)
+        return self.root / digest[:2] / f"{digest}.json"
 
     def _data_path(self, key: KernelKey, sha256: str) -> Path:
         return self.root / key.digest[:2] / f"{key.digest}-{sha256[:16]}.bin"

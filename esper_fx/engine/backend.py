@@ -9,6 +9,7 @@ from torch import fx
 
 from esper_fx import _torch
 from esper_fx.engine.program import Program
+from esper_fx.errors import ArgumentError
 
 
 def esper(module: fx.GraphModule, example_inputs: list[Any], **options: Any) -> Callable[..., Any]:
@@ -22,10 +23,10 @@ def esper(module: fx.GraphModule, example_inputs: list[Any], **options: Any) -> 
         **options: None are known yet.
 
     Raises:
-        TypeError: An option was given.
+        ArgumentError: An option was given; a TypeError.
     """
     if options:
-        raise TypeError(
+        raise ArgumentError(
             f"backend 'esper' takes no options, but was given {sorted(options)}; use esper_fx.configure(...)"
         )
     program = Program(module)
