@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from esper_fx._torch import uncompiled
-from esper_fx.errors import MorphError
+from esper_fx.checks import path_of
+from esper_fx.errors import ArgumentError, LineageError, MorphError
 from esper_fx.lifecycle import GrowthEvent, Stage
 from esper_fx.original import original_kind
 
@@ -131,12 +132,21 @@ def write_lineage(path: str | os.PathLike[str], model: nn.Module) -> None:
 
     Raises:
         MorphError: The model is neither.
+        LineageError: The file cannot be written; an OSError. One that was there is as before.
+        ArgumentError: ``path`` is no path.
     """
-    record = lineage_of(model)
-    target = Path(path)
-    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    temporary.replace(target)
+    target = path_of(path, "the path of a lineage", ArgumentError)
+    text = json.dumps(lineage_of(model), indent=2, allow_nan=False) + "\n"
+    temporary = target.parent / f"{target.name}.{os.getpid()}.tmp"  # with_name has no answer for paths without a name
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(target)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        missing = "" if target.parent.is_dir() else f": there is no folder {target.parent}"
+        why = ": that is a folder, give a file's name" if target.is_dir() else missing
+        raise LineageError(f"the lineage cannot be written to {target}{why} ({error.strerror})") from error
 
 
 def lineage_of(model: nn.Module) -> dict[str, Any]:

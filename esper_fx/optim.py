@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import time
 import weakref
 from itertools import compress
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from esper_fx._torch import uncompiled
 from esper_fx.branch import NAMESPACE, mangled
+from esper_fx.checks import nearest, real, shown
 from esper_fx.errors import OptimizerError
 from esper_fx.optimizer_state import add_names, match_names, match_what_was_loaded
 
@@ -34,8 +36,8 @@ def attach(optimizer: Optimizer, model: MorphableModel, **options: Any) -> Attac
         **options: Options of a group for the seeds, such as ``lr`` or ``weight_decay``.
 
     Raises:
-        OptimizerError: The optimizer holds none of the model's parameters, one is attached already, or it was loaded with a
-            state of other parameters.
+        OptimizerError: The optimizer holds none of the model's parameters, one is attached already, it was loaded with a
+            state of other parameters, or it has no such option. Nothing has changed then.
     """
     from esper_fx.model import MorphableModel
 
@@ -55,7 +57,24 @@ def attach(optimizer: Optimizer, model: MorphableModel, **options: Any) -> Attac
         raise OptimizerError(
             f"this {type(optimizer).__name__} holds none of the model's parameters; make it from model.parameters()"
         )
+    for name, value in options.items():
+        _check_option(optimizer, name, value)
     return Attachment(optimizer, model, options)
+
+
+def _check_option(optimizer: Optimizer, name: str, value: Any) -> None:
+    """Refuse an option that the optimizer's groups do not have, or what is no number where theirs is one."""
+    known = {key for group in (optimizer.defaults, *optimizer.param_groups) for key in group}
+    known -= {"params", "param_names"}
+    if name not in known:
+        raise OptimizerError(
+            f"attach({name}={shown(value)}): a group of {type(optimizer).__name__} has no option {name!r}; the nearest are: "
+            f"{nearest(name, sorted(known))}"
+        )
+    number = real(value)
+    is_number = (isinstance(value, Tensor) and value.numel() == 1) or (number is not None and not math.isnan(number))
+    if real(optimizer.defaults.get(name)) is not None and not is_number:
+        raise OptimizerError(f"attach({name}={shown(value)}) for {type(optimizer).__name__}: expected a number")
 
 
 class Attachment:

@@ -12,6 +12,7 @@ from types import ModuleType
 from torch import Tensor
 
 from esper_fx.adapters.config import CONFIG_FILE, LoraConfig, read_config
+from esper_fx.checks import cause, path_of
 from esper_fx.errors import AdapterError, AdapterFileError, MissingDependencyError
 
 TENSOR_FILE = "adapter_model.safetensors"
@@ -52,7 +53,7 @@ def adapter_modules(path: str | os.PathLike[str]) -> list[str]:
         AdapterError: The checkpoint cannot be read, or is not a LoRA adapter of the supported kind.
         MissingDependencyError: safetensors is not installed.
     """
-    return list(read_checkpoint(Path(path)))
+    return list(read_checkpoint(path_of(path, "the folder of an adapter", AdapterError)))
 
 
 def read_checkpoint(folder: Path) -> dict[str, Lora]:
@@ -100,7 +101,7 @@ def _read_tensors(path: Path) -> Mapping[str, Tensor]:
         tensors: dict[str, Tensor] = library.load_file(path)
     except Exception as error:
         raise AdapterFileError(
-            f"{path} cannot be read as safetensors ({type(error).__name__}: {error}): it is truncated or something else"
+            f"{path} cannot be read as safetensors ({cause(error)}): it is truncated or something else"
         ) from error
     return tensors
 

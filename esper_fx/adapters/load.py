@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from esper_fx import blueprints
 from esper_fx.adapters.checkpoint import Lora, read_checkpoint
 from esper_fx.adapters.match import match
 from esper_fx.branch import NAMESPACE
+from esper_fx.checks import path_of
 from esper_fx.errors import AdapterError, BlueprintError, LifecycleError
 from esper_fx.growth import Order
 from esper_fx.lifecycle import Stage
@@ -40,7 +40,7 @@ def load_adapter(
 
     Raises:
         AdapterError: The checkpoint cannot be read, is not a LoRA adapter of the supported kind, or does not fit the model.
-        LifecycleError: A seed is not DORMANT.
+        LifecycleError: A seed is not DORMANT, or ``alpha`` is no finite number.
         SiteError: Nothing has flowed through a site yet, so that its shape is not known.
         MissingDependencyError: safetensors is not installed.
         Nothing has changed then.
@@ -49,8 +49,9 @@ def load_adapter(
         raise AdapterError(
             f"load_adapter() needs a morphed model, not a {type(model).__name__}; call esper_fx.morph first"
         )
-    adapter = f"the adapter in {os.fspath(path)}"
-    loras = read_checkpoint(Path(path))
+    folder = path_of(path, "the folder of an adapter", AdapterError)
+    adapter = f"the adapter in {folder}"
+    loras = read_checkpoint(folder)
     names = {name for name, _ in model.named_modules() if name and not _is_ours(name)}
     sites = match(adapter, list(loras), model.seeds, names)
     with model.growth.lock:
