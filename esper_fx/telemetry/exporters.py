@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
-from pathlib import Path
 from typing import Any
 
+from esper_fx.checks import cause, path_of, shown
+from esper_fx.errors import TelemetryError
 from esper_fx.state_fields import MEASURED
 from esper_fx.telemetry.records import SiteRecord
 
@@ -17,11 +18,17 @@ class JsonLines:
 
     Args:
         path: The file; its folder must be there.
+
+    Raises:
+        TelemetryError: It cannot be written.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        self.path.open("a", encoding="utf-8").close()  # what is wrong with it shows now
+        self.path = path_of(path, "path", TelemetryError)
+        try:
+            self.path.open("a", encoding="utf-8").close()
+        except OSError as error:
+            raise TelemetryError(f"records cannot be written to {shown(str(path))}: {cause(error)}") from error
 
     def __call__(self, records: list[SiteRecord]) -> None:
         lines = [json.dumps({k: _finite(v) for k, v in record.to_dict().items()}) for record in records]

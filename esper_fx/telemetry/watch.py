@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from esper_fx._torch import uncompiled
+from esper_fx.checks import real, shown, whole
 from esper_fx.errors import TelemetryError
 from esper_fx.ops.probe import GRADIENTS
 from esper_fx.ops.sensor import MAX_DIRECTIONS
+from esper_fx.seeds import Seeds
 from esper_fx.telemetry.records import SiteRecord, records_of
 from esper_fx.telemetry.smoothing import measurements, merge_gradients, merge_values, smoothed
 
@@ -53,15 +55,18 @@ def watch(model: MorphableModel, *, every: int = 50, decay: float = 0.9, directi
     target = uncompiled(model)
     if not isinstance(target, MorphableModel):
         raise TelemetryError(f"watch() needs a morphed model, not a {type(target).__name__}; call esper_fx.morph first")
-    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-        raise TelemetryError(f"watch(every={every!r}): expected a whole number of steps, 1 or more")
-    if isinstance(decay, bool) or not isinstance(decay, int | float) or not 0 <= decay < 1:
-        raise TelemetryError(f"watch(decay={decay!r}): expected a number from 0 to below 1")
-    if isinstance(directions, bool) or not isinstance(directions, int) or not 0 <= directions <= MAX_DIRECTIONS:
-        raise TelemetryError(f"watch(directions={directions!r}): expected a whole number from 0 to {MAX_DIRECTIONS}")
+    steps, weight, number = whole(every), real(decay), whole(directions)
+    if steps is None or steps < 1:
+        raise TelemetryError(f"watch(every={shown(every)}): expected a whole number of steps, 1 or more")
+    if weight is None or not 0 <= weight < 1:
+        raise TelemetryError(f"watch(decay={shown(decay)}): expected a number from 0 to below 1")
+    if number is None or not 0 <= number <= MAX_DIRECTIONS:
+        raise TelemetryError(
+            f"watch(directions={shown(directions)}): expected a whole number from 0 to {MAX_DIRECTIONS}"
+        )
     if target.growth.sampler is not None:
         raise TelemetryError("this model is watched already; call close() on what watch() returned first")
-    return Watch(target.growth, every, float(decay), directions)
+    return Watch(target.growth, steps, weight, number)
 
 
 class Watch:
@@ -94,7 +99,12 @@ class Watch:
 
         It is called on the thread that trains, between two steps: it should hand long work to another thread. An error that
         it raises is logged, and it is called no more.
+
+        Raises:
+            TelemetryError: It cannot be called.
         """
+        if not callable(subscriber):
+            raise TelemetryError(f"subscribe({shown(subscriber)}): expected a function that takes a list of records")
         self._subscribers.append(subscriber)
 
         def unsubscribe() -> None:
@@ -117,13 +127,10 @@ class Watch:
             Float32 ``[directions, features]``, smoothed as all that is measured; None while there is none.
 
         Raises:
-            TelemetryError: The model has no such site.
+            UnknownSiteError: The model has no such site.
         """
         growth = self._growth()
-        seed = None if growth is None else growth.seeds.get(site)
-        if seed is None:
-            raise TelemetryError(f"there is no site {site!r}")
-        return self._sketches.get(seed.index)
+        return None if growth is None else self._sketches.get(Seeds(growth.seeds)[site].index)
 
     def flush(self) -> None:
         """Take in the last measured step now; call it between steps, after the last one for example."""

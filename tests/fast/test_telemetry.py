@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 import esper_fx
 from esper_fx import telemetry
-from esper_fx.errors import TelemetryError
+from esper_fx.errors import TelemetryError, UnknownSiteError
 from esper_fx.ops.probe import VALUES
 from esper_fx.ops.sensor import omega
 from esper_fx.ops.site_stats import reference
@@ -261,8 +261,12 @@ def test_sketches_of_several_steps_and_visits_add_up_before_they_are_squared() -
 
 
 def test_a_sketch_of_no_site_is_refused() -> None:
-    with telemetry.watch(Run().model) as watch, pytest.raises(TelemetryError, match="there is no site 'nowhere'"):
-        watch.sketch("nowhere")
+    run = Run()
+    with telemetry.watch(run.model) as watch:
+        with pytest.raises(UnknownSiteError, match="the model has no site 'nowhere'; it has 2"):
+            watch.sketch("nowhere")
+        with pytest.raises(TelemetryError, match=r"subscribe\(5\): expected a function that takes a list of records"):
+            watch.subscribe(5)  # type: ignore[arg-type]
 
 
 # Which steps.
@@ -515,7 +519,7 @@ def test_json_lines_hold_every_record_and_null_for_what_is_unknown(tmp_path: Pat
     )
     assert lines[-1] == {**run.record().to_dict(), "health": None, "potential": None}
     assert lines[-1]["health"] is None
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(TelemetryError, match="records cannot be written to '.*no/sites.jsonl': FileNotFoundError"):
         telemetry.JsonLines(tmp_path / "no" / "sites.jsonl")
 
 
