@@ -20,7 +20,7 @@ from esper_fx.engine import aliasing
 from esper_fx.engine.bodies import known_record, record_once
 from esper_fx.engine.build import Ambient
 from esper_fx.engine.plan import Assignment, Executable, Layout, Plan, Slot, StaleError
-from esper_fx.engine.probes import ProbedKernel
+from esper_fx.engine.probes import ProbedKernel, Sampler
 from esper_fx.engine.region import Variant
 from esper_fx.engine.service import Service, service
 from esper_fx.errors import SiteError
@@ -150,7 +150,7 @@ class SizedProgram:
         self._wanted = _Pins(self.service)  # what was asked for, last after so many switches:
         self._wanted_after = 0
         self._switches = 0
-        self._probed: Running | None = None  # the same with probes
+        self._probed: tuple[Sampler, Running] | None = None  # the same with probes, and who takes what they measure
         self._probe_pins = _Pins(self.service)
         if not eager:
             try:
@@ -310,8 +310,19 @@ class SizedProgram:
 
     def sampled(self) -> Any:
         """What a step that is to be measured runs: with probes where there are kernels with probes for what runs now."""
-        probed, running = self._probed, self._running
-        return self.active if probed is None or running is None or not probed.has(running.bodies) else probed.executable
+        running = self._running
+        probed = None if running is None else self._probes_for(running.bodies)
+        return self.active if probed is None else probed.executable
+
+    def _probes_for(self, bodies: Sequence[nn.Module | None]) -> Running | None:
+        """What runs these bodies with probes, for who watches the model now."""
+        probed = self._probed
+        return probed[1] if probed is not None and probed[0] is self._sampler and probed[1].has(bodies) else None
+
+    @property
+    def _sampler(self) -> Sampler | None:
+        """Who watches the model; with several models in a program it could not be told whose step it is."""
+        return self.growths[0].sampler if len(self.growths) == 1 else None
 
     def prepare_probes(self, live: set[KasminaSeed]) -> list[Variant]:
         """Get ready what steps that are to be measured run; by the plan of which least has to be compiled.
@@ -321,11 +332,8 @@ class SizedProgram:
         Returns:
             The variants that still lack a kernel, each with a ``future`` or an ``error``.
         """
-        if self.layout is None or not self.layout.plans or len(self.growths) != 1:
-            return []  # with several models in a program it could not be told whose step it is
-        sampler = self.growths[0].sampler
-        bodies = self._bodies(live)
-        if sampler is None or (self._probed is not None and self._probed.has(bodies)):
+        sampler, bodies = self._sampler, self._bodies(live)
+        if self.layout is None or not self.layout.plans or sampler is None or self._probes_for(bodies) is not None:
             return []
         plan, assignment = self.layout.plans[-1], self._assignment(live)
         probes = self.layout.probes(plan, sampler.directions, [seed.site.feature_dim for seed in self.seeds])
@@ -343,9 +351,8 @@ class SizedProgram:
                 if own is not None:
                     kernels[i] = ProbedKernel(kernels[i], own, variant.leaves, place, sites, sampler)
             seeds = [seed if seed in live else None for seed in self.seeds]
-            self._probed = Running(
-                plan.name, bodies, tuple(variants), Executable(plan, kernels, seeds, assignment), complete=True
-            )
+            executable = Executable(plan, kernels, seeds, assignment)
+            self._probed = sampler, Running(plan.name, bodies, tuple(variants), executable, complete=True)
         return missing
 
     def drop_probes(self) -> None:

@@ -80,7 +80,7 @@ def small_transformer() -> models.Example:
 def test_a_compiled_model_is_measured_as_an_eager_one_while_it_grows(monkeypatch: pytest.MonkeyPatch) -> None:
     pair = Pair(small_transformer(), "blocks.*")
     pair.step()
-    watches = [telemetry.watch(call, every=2, decay=0.5) for call in pair.calls]
+    watches = [telemetry.watch(call, every=2, decay=0.5, directions=4) for call in pair.calls]
     assert pair.compiled.settle(300)
     sampled: list[bool] = []
     original = SizedProgram.sampled
@@ -106,6 +106,10 @@ def test_a_compiled_model_is_measured_as_an_eager_one_while_it_grows(monkeypatch
     pair.assert_alike(samples=3)
     grown = telemetry.records(pair.compiled)[1]
     assert grown.change > 0.01
+    assert grown.potential > 0
+    for site in pair.compiled.seeds:
+        mine, theirs = (watch.sketch(site) for watch in watches)
+        torch.testing.assert_close(theirs, mine)
     assert not math.isnan(grown.health)
     assert sampled == [True] * 3
     assert pair.compiled.stats().recompiles == 0
@@ -151,7 +155,7 @@ def test_without_kernels_with_probes_training_goes_on_unmeasured(
 
     pair = Pair(small_transformer(), "blocks.1")
     pair.step()
-    monkeypatch.setattr("esper_fx.engine.region.instrument", broken)
+    monkeypatch.setattr("esper_fx.engine.probes.instrument", broken)
     telemetry.watch(pair.compiled, every=1)
     assert pair.compiled.settle(300)
     assert "a program is not measured: its probes could not be prepared: no probes today" in caplog.text

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
+from esper_fx.ops import seed_output
+from esper_fx.ops.probe import site_values
 from esper_fx.passes.lower import Candidate, candidates, lower
 from tests.support.variants import grown, region_of, run
 
@@ -154,3 +156,16 @@ def test_new_nodes_say_where_they_come_from() -> None:
     made = [node for node in module.graph.nodes if "example_value" not in node.meta]
     assert len(made) == 4
     assert all(node.meta["stack_trace"] == "model.py, line 1" for node in made)
+
+
+@pytest.mark.parametrize(("name", "shape", "config"), [FUSED[0], FUSED[-2], FUSED[-1]])
+def test_a_site_with_probes_is_fused_too(name: str, shape: tuple[int, ...], config: dict[str, Any]) -> None:
+    module = region_of(grown(name, shape, **config), shape)
+    graph = module.graph
+    (seed,) = [node for node in graph.nodes if node.target is seed_output]
+    with graph.inserting_after(seed):
+        graph.call_function(site_values, (seed.args[0], seed))
+    assert lower(graph, choose=always)
+    assert [node.target for node in graph.nodes if node.target is seed_output] == []
+    (probe,) = [node for node in graph.nodes if node.target is site_values]
+    assert probe.args[1] is not seed
