@@ -23,8 +23,9 @@ from benchmarks.report import Bar, Report, Row
 from benchmarks.zoo import MOST_POSITIONS, Miss, tensors
 from esper_fx import KasminaSeed, MorphableModel, blueprints
 from esper_fx.engine.build import Ambient
-from esper_fx.engine.plan import Executable, Layout
-from esper_fx.engine.program import SizedProgram
+from esper_fx.engine.executable import Executable
+from esper_fx.engine.plan import Layout
+from esper_fx.engine.sized_program import SizedProgram
 
 DIFFERENCE = Bar(at_most=1e-4, aim=1e-5)
 NONE = Bar(at_most=0.0, aim=0.0)
@@ -262,7 +263,7 @@ def run_in_blocks(model: MorphableModel, call: Callable[[], object]) -> int:
             continue
         plan = layout.plans[1]
         live = {seed for seed in program.seeds if seed.live}
-        variants = layout.variants(plan, program._assignment(live)) or []
+        variants = layout.variants(plan, program.assignment(live)) or []
         kernels = [program.service.obtain(variant.key, variant.compile_here) for variant in variants]
         program.active = Executable(plan, kernels, [seed if seed in live else None for seed in program.seeds])
         regions += len(plan.regions)

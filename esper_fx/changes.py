@@ -21,9 +21,11 @@ from esper_fx.lifecycle import Stage
 from esper_fx.seed import Germination, KasminaSeed
 
 if TYPE_CHECKING:
-    from esper_fx.engine.program import Program, Running, SizedProgram
+    from esper_fx.engine.executable import Prepared
+    from esper_fx.engine.program import Program
     from esper_fx.engine.region import Variant
     from esper_fx.engine.service import Service
+    from esper_fx.engine.sized_program import SizedProgram
     from esper_fx.growth import Growth
 
 logger = logging.getLogger(__name__)
@@ -348,7 +350,7 @@ class Changes:
         self._pending += over
         return list(self._put_off.values())
 
-    def _made(self, programs: list[SizedProgram], live: set[KasminaSeed]) -> list[tuple[SizedProgram, Running | None]]:
+    def _made(self, programs: list[SizedProgram], live: set[KasminaSeed]) -> list[tuple[SizedProgram, Prepared | None]]:
         """What each program will run, made now where it can be; the boundary makes what is missing."""
         try:
             return [(program, program.make(self._all_of(program, live))) for program in programs]
@@ -357,7 +359,7 @@ class Changes:
             return []
 
     @staticmethod
-    def _offer(made: list[tuple[SizedProgram, Running | None]]) -> None:
+    def _offer(made: list[tuple[SizedProgram, Prepared | None]]) -> None:
         for program, running in made:
             program.offer(running)
 
@@ -382,7 +384,7 @@ class Changes:
     def _prepare_probes(self, program: SizedProgram, live: set[KasminaSeed]) -> list[Future[Any]]:
         """Get ready what measures; where that fails, nothing is measured."""
         try:
-            missing = program.prepare_probes(live)
+            missing = program.measuring.prepare(program, live)
         except Exception as error:
             self._warn_once(f"a program is not measured: its probes could not be prepared: {error}")
             return []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,6 @@ from esper_fx._torch import FakeTensorMode, pytree, storage_id
 from esper_fx.engine.build import Ambient
 from esper_fx.engine.probes import Probes
 from esper_fx.engine.region import Region, Variant, shared_template
-from esper_fx.engine.strides import differing, restrided
 from esper_fx.ops import reads_source
 from esper_fx.passes import partition
 from esper_fx.passes.canonical import qualified_name
@@ -20,7 +19,7 @@ from esper_fx.passes.propagate import Effects, freeze_numbers, is_seed, propagat
 from esper_fx.passes.record import BodyGraph, TensorMeta
 
 if TYPE_CHECKING:
-    from esper_fx.seed import KasminaSeed
+    pass
 
 Assignment = tuple[BodyGraph | None, ...]
 
@@ -130,7 +129,7 @@ class Layout:
             )
 
         def source(node: fx.Node) -> Any:
-            return _Place(places[node]) if node in places else _Constant(self._constant(node))
+            return Place(places[node]) if node in places else Constant(self._constant(node))
 
         outputs: Any = fx.map_arg(final.args[0], source)
         return Plan(name, _with_frees(regions, outputs, len(places)), tuple(outputs), len(places))
@@ -189,12 +188,16 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class _Place:
+class Place:
+    """An output of a program that is a place of its environment."""
+
     index: int
 
 
 @dataclass(frozen=True)
-class _Constant:
+class Constant:
+    """An output of a program that is always the same."""
+
     value: Any
 
 
@@ -253,7 +256,7 @@ def _extract(inside: Sequence[fx.Node], leaving: Sequence[fx.Node]) -> tuple[lis
 
 def _with_frees(regions: list[Region], outputs: Any, places: int) -> tuple[Region, ...]:
     """Note after which region each place is read for the last time."""
-    kept = {item.index for item in pytree.tree_leaves(outputs) if isinstance(item, _Place)}
+    kept = {item.index for item in pytree.tree_leaves(outputs) if isinstance(item, Place)}
     last: dict[int, int] = {}
     for number, region in enumerate(regions):
         for place in (*region.outputs, *region.inputs):
@@ -262,92 +265,3 @@ def _with_frees(regions: list[Region], outputs: Any, places: int) -> tuple[Regio
         replace(region, frees=tuple(p for p, n in last.items() if n == number and p not in kept))
         for number, region in enumerate(regions)
     )
-
-
-class Executable:
-    """A plan with its kernels: call it with the program's inputs.
-
-    It keeps the bodies it was made for, so that a call that is under way in another thread survives a switch.
-
-    Args:
-        plan: The plan.
-        kernels: For each of its regions the kernel.
-        seeds: For each slot of the program its seed, or None where that is dormant.
-        assignment: For each slot what its body was recorded as.
-    """
-
-    def __init__(
-        self, plan: Plan, kernels: Sequence[Any], seeds: Sequence[KasminaSeed | None], assignment: Assignment
-    ) -> None:
-        self._places = plan.places
-        self._outputs = plan.outputs
-        slots = [[slot for slot in region.slots if seeds[slot] is not None] for region in plan.regions]
-        self._steps = [
-            (kernel, region, tuple(_given(seeds[slot], assignment[slot]) for slot in inside))
-            for region, kernel, inside in zip(plan.regions, kernels, slots, strict=True)
-        ]
-        #: For each region the positions of the outputs that need other strides; known once it has run.
-        self._odd: list[tuple[int, ...] | None] = [None] * len(self._steps)
-
-    @property
-    def current(self) -> bool:
-        """Whether the bodies' tensors are still of the kinds that the kernels were compiled for."""
-        return all(given.current(given.inputs()) for _, _, bodies in self._steps for given in bodies)
-
-    def __call__(self, args: Sequence[Any]) -> Any:
-        """Run the kernels.
-
-        Raises:
-            StaleError: A body's tensors are of other kinds than the kernels were compiled for. Nothing has been run.
-        """
-        given = [[body.checked() for body in bodies] for _, _, bodies in self._steps]
-        environment = [*args, *[None] * (self._places - len(args))]
-        for number, (kernel, region, _) in enumerate(self._steps):
-            values = [environment[place] for place in region.inputs]
-            for tensors in given[number]:
-                values += tensors
-            results = kernel(*values)
-            odd = self._odd[number]
-            if odd is None:
-                odd = self._odd[number] = differing(results, region.strides)
-            if odd:
-                results = list(results)
-                for position in odd:
-                    results[position] = restrided(results[position], region.strides[position])
-            for place, result in zip(region.outputs, results, strict=True):
-                environment[place] = result
-            for place in region.frees:
-                environment[place] = None
-        return tuple(
-            environment[item.index] if type(item) is _Place else item.value if type(item) is _Constant else item
-            for item in self._outputs
-        )
-
-
-class StaleError(Exception):
-    """Kernels do not fit a body any more."""
-
-
-class _Given:
-    """What a kernel is given for a body: alpha, gate, then the body's tensors, of the kinds that it was compiled for."""
-
-    def __init__(self, inputs: Callable[[], list[Tensor]], metas: Sequence[TensorMeta]) -> None:
-        self.inputs = inputs
-        self._kinds = [(meta.dtype, meta.requires_grad) for meta in metas]
-
-    def current(self, inputs: Sequence[Tensor]) -> bool:
-        """Whether these tensors are of those kinds."""
-        return [(tensor.dtype, tensor.requires_grad) for tensor in inputs[2:]] == self._kinds
-
-    def checked(self) -> list[Tensor]:
-        """The tensors as they are now; raises StaleError if one is of another kind."""
-        inputs = self.inputs()
-        if not self.current(inputs):
-            raise StaleError
-        return inputs
-
-
-def _given(seed: KasminaSeed | None, body: BodyGraph | None) -> _Given:
-    assert seed is not None
-    assert body is not None
-    return _Given(seed.kernel_inputs(), body.tensors)

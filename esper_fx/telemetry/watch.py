@@ -145,7 +145,7 @@ class Watch:
             self.sampling = False
             growth.sampler = None
             for program in list(growth.changes.programs):
-                program.drop_probes()
+                program.measuring.drop()
 
     def __enter__(self) -> Watch:
         return self

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import esper_fx
-from esper_fx.engine.plan import Executable
+from esper_fx.engine.executable import Executable
 
 
 @pytest.fixture(autouse=True)

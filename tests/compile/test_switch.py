@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import esper_fx
 from esper_fx.cache import KernelKey
 from esper_fx.changes import Changes
-from esper_fx.engine.program import Running
+from esper_fx.engine.executable import Prepared
 from esper_fx.engine.region import Variant
 from esper_fx.engine.service import Service
 from esper_fx.lifecycle import Stage
@@ -161,20 +161,20 @@ def test_what_was_made_for_other_bodies_is_not_run(monkeypatch: pytest.MonkeyPat
     used_to(function, model, "1")
     model.seeds["1"].germinate("low_rank", rank=2)
     (program,) = model.growth.changes.programs
-    has, other = Running.has, program.make(set())
+    has, other = Prepared.has, program.make(set())
 
-    def interrupted(self: Running, bodies: Any) -> bool:
+    def interrupted(self: Prepared, bodies: Any) -> bool:
         result = has(self, bodies)
         if model.seeds["1"].live:
             program.offer(other)
         return result
 
-    monkeypatch.setattr(Running, "has", interrupted)
+    monkeypatch.setattr(Prepared, "has", interrupted)
     function(X)
     monkeypatch.undo()
     assert model.seeds["1"].live
-    assert program._running is not None
-    assert [body is not None for body in program._running.bodies] == [True, False]
+    assert program.running is not None
+    assert [body is not None for body in program.running.bodies] == [True, False]
 
 
 def test_a_cache_that_is_too_small_bounds_what_stays_in_memory_and_stops_no_growth() -> None:

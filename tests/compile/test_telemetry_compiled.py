@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import esper_fx
 from esper_fx import telemetry
-from esper_fx.engine.program import SizedProgram
+from esper_fx.engine.measuring import Measuring
+from esper_fx.engine.sized_program import SizedProgram
 from esper_fx.state_fields import MEASURED
 from tests.support import models
 from tests.support.growing import randomize
@@ -83,14 +84,14 @@ def test_a_compiled_model_is_measured_as_an_eager_one_while_it_grows(monkeypatch
     watches = [telemetry.watch(call, every=2, decay=0.5, directions=4) for call in pair.calls]
     assert pair.compiled.settle(300)
     sampled: list[bool] = []
-    original = SizedProgram.sampled
+    original = Measuring.executable
 
-    def noting(program: SizedProgram) -> Any:
-        executable = original(program)
-        sampled.append(executable is not program.active)
+    def noting(measuring: Measuring, program: SizedProgram) -> Any:
+        executable = original(measuring, program)
+        sampled.append(executable is not None)
         return executable
 
-    monkeypatch.setattr(SizedProgram, "sampled", noting)
+    monkeypatch.setattr(Measuring, "executable", noting)
     for _ in range(4):
         torch.testing.assert_close(*pair.step())
     assert sampled == [True, True]  # at clocks 2 and 4: the other steps did not even ask

@@ -11,7 +11,8 @@ from torch import Tensor, fx, nn
 import esper_fx
 from esper_fx.changes import Changes
 from esper_fx.engine import program as program_module
-from esper_fx.engine.program import Program, SizedProgram
+from esper_fx.engine.program import Program
+from esper_fx.engine.sized_program import SizedProgram
 from tests.support.programs import SEED
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from esper_fx.engine.build import Ambient
-from esper_fx.engine.plan import Executable, Layout, Plan, Slot
+from esper_fx.engine.executable import Executable
+from esper_fx.engine.plan import Layout, Plan, Slot
 from esper_fx.engine.probes import ProbedKernel, Sampler
 from esper_fx.engine.region import Variant
 from esper_fx.passes.record import TensorMeta, record
