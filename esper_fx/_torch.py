@@ -115,10 +115,9 @@ def quiet_fakes() -> Iterator[None]:
         log.disabled = disabled
 
 
-def uncompiled(module: nn.Module) -> nn.Module:
+def uncompiled(module: Any) -> Any:
     """The module that `torch.compile` was given, or the module itself where it was not compiled."""
-    inner: nn.Module = getattr(module, "_orig_mod", module)
-    return inner
+    return getattr(module, "_orig_mod", module)
 
 
 #: Where a GraphModule's `meta` names the plain attributes that a deep copy keeps.

@@ -238,6 +238,10 @@ class Changes:
             self._forget()
         return change
 
+    def on_their_way(self) -> list[Change]:
+        """The changes that are asked for and not live yet, in order; last what was put off."""
+        return [*self._pending, *self._put_off]
+
     def _stage(self, change: Change) -> None:
         for member in self._together_with(change):
             member.ready = True

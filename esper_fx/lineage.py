@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
@@ -16,6 +15,7 @@ from torch import nn
 from esper_fx._torch import uncompiled
 from esper_fx.checks import path_of
 from esper_fx.errors import ArgumentError, LineageError, MorphError
+from esper_fx.files import write_whole
 from esper_fx.lifecycle import GrowthEvent, Stage
 from esper_fx.original import original_kind
 
@@ -136,17 +136,8 @@ def write_lineage(path: str | os.PathLike[str], model: nn.Module) -> None:
         ArgumentError: ``path`` is no path.
     """
     target = path_of(path, "the path of a lineage", ArgumentError)
-    text = json.dumps(lineage_of(model), indent=2, allow_nan=False) + "\n"
-    temporary = target.parent / f"{target.name}.{os.getpid()}.tmp"  # with_name has no answer for paths without a name
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(target)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        missing = "" if target.parent.is_dir() else f": there is no folder {target.parent}"
-        why = ": that is a folder, give a file's name" if target.is_dir() else missing
-        raise LineageError(f"the lineage cannot be written to {target}{why} ({error.strerror})") from error
+    write_whole(target, json.dumps(lineage_of(model), indent=2, allow_nan=False) + "
+", "the lineage", LineageError)
 
 
 def lineage_of(model: nn.Module) -> dict[str, Any]:
@@ -175,7 +166,7 @@ def _site(seed: SeedSnapshot, outcome: str, reason: str | None) -> dict[str, Any
     result = {
         "site": seed.site,
         "blueprint": blueprint,
-        "config": None if body is None else {name: _json(value) for name, value in seed.config.items()},
+        "config": None if body is None else {name: json_value(value) for name, value in seed.config.items()},
         "parameters": None if body is None else sum(p.numel() for p in body.parameters() if p.requires_grad),
         "stage": seed.stage.name,
         "alpha": seed.alpha,
@@ -201,14 +192,14 @@ def _outcome(seed: SeedSnapshot) -> str:
     return "failed" if failed else "pruned"
 
 
-def _json(value: Any) -> Any:
+def json_value(value: Any) -> Any:
     """A value as JSON types; what they cannot hold, in words."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Mapping):
-        return {str(key): _json(item) for key, item in value.items()}
+        return {str(key): json_value(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_json(item) for item in value]
+        return [json_value(item) for item in value]
     return str(value)

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from torch import fx, nn
 
-from esper_fx.errors import MorphError
+from esper_fx._torch import uncompiled
+from esper_fx.errors import EsperError, MorphError
 from esper_fx.growth import Growth, Morphology
 from esper_fx.lifecycle import Ledger
 from esper_fx.original import Footprint
@@ -94,6 +95,23 @@ class MorphableModel(nn.Module):
     def reset_stats(self) -> None:
         """Begin to count anew what :meth:`stats` counts for this model; the caches' own statistics go on."""
         self.growth.changes.reset_stats()
+
+
+def morphed(model: object, caller: str, error: type[EsperError]) -> MorphableModel:
+    """The morphed model that a function was given, as it is or as `torch.compile` has made one of it.
+
+    Args:
+        model: What it was given.
+        caller: Name of the function, for the message.
+        error: What to raise.
+
+    Raises:
+        EsperError: It is no morphed model; of the class ``error``.
+    """
+    found = uncompiled(model)
+    if not isinstance(found, MorphableModel):
+        raise error(f"{caller}() needs a morphed model, not a {type(found).__name__}; call esper_fx.morph first")
+    return found
 
 
 def taken_names(net: nn.Module) -> list[str]:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from esper_fx._torch import uncompiled
 from esper_fx.branch import NAMESPACE, mangled
 from esper_fx.checks import nearest, real, shown
 from esper_fx.errors import OptimizerError
@@ -39,11 +38,9 @@ def attach(optimizer: Optimizer, model: MorphableModel, **options: Any) -> Attac
         OptimizerError: The optimizer holds none of the model's parameters, one is attached already, it was loaded with a
             state of other parameters, or it has no such option. Nothing has changed then.
     """
-    from esper_fx.model import MorphableModel
+    from esper_fx.model import morphed
 
-    model = uncompiled(model)  # type: ignore[assignment]
-    if not isinstance(model, MorphableModel):
-        raise OptimizerError(f"attach() needs a morphed model, not a {type(model).__name__}; call esper_fx.morph first")
+    model = morphed(model, "attach", OptimizerError)
     if not isinstance(optimizer, Optimizer):
         raise OptimizerError(f"attach() needs a torch.optim.Optimizer, not a {type(optimizer).__name__}")
     growth: Growth = model.growth

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from esper_fx.cache import CacheStats
 
 if TYPE_CHECKING:
+    from esper_fx.engine.sized_program import SizedProgram
     from esper_fx.growth import Growth
 
 
@@ -42,9 +43,18 @@ class EngineStats:
     recompiles: int
 
 
+def programs_of(growth: Growth) -> list[SizedProgram]:
+    """The compiled programs of a model that are alive, in the order of their first calls. From any thread."""
+    while True:
+        try:
+            return sorted(growth.changes.programs, key=lambda program: program.number)
+        except RuntimeError:  # one has come or gone meanwhile, on another thread
+            continue
+
+
 def engine_stats(growth: Growth) -> EngineStats:
     """Collect the statistics of a model."""
-    programs = list(growth.changes.programs)
+    programs = programs_of(growth)
     shared = programs[0].service if programs else None
     cache = shared.cache.stats() if shared is not None else None
     return EngineStats(

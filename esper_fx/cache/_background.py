@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import os
 import queue
@@ -10,7 +11,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 logger = logging.getLogger(__name__)
@@ -58,6 +59,17 @@ class ForkSafeLock:
 
     def __exit__(self, *exc_info: object) -> None:
         self._lock.release()
+
+    @contextlib.contextmanager
+    def within(self, seconds: float) -> Iterator[bool]:
+        """Holds the lock if it can be had within ``seconds``, and yields whether it is held."""
+        lock = self._lock
+        held = lock.acquire(timeout=seconds)
+        try:
+            yield held
+        finally:
+            if held:
+                lock.release()
 
     def after_fork_in_child(self) -> None:
         """Keeps the lock if it is free or held by the thread that forked, which still has to let go of it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_numbers = itertools.count(1)
 _warned: set[str] = set()
 
 
@@ -37,9 +39,12 @@ class SizedProgram:
     Attributes:
         active: What the next step runs.
         plan: Name of the plan in use: ``whole``, ``blocks`` or ``eager``.
+        number: Counts up in the process, in the order of first calls.
+        measuring: What runs in the steps that are measured.
     """
 
     def __init__(self, program: Program, args: Sequence[Any], *, eager: bool) -> None:
+        self.number = next(_numbers)
         self.service: Service = service()
         self.growths = program.growths
         self._module = program.module
