@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from esper_fx import inspect as inspect
 from esper_fx import prebuilt as prebuilt  # from now on launches of kernels look for binaries in the store
 from esper_fx import telemetry as telemetry
 from esper_fx.adapters import adapter_modules, load_adapter, save_adapter, unload_adapter
@@ -15,12 +16,14 @@ from esper_fx.errors import (
     CheckpointError,
     EsperError,
     GerminationError,
+    InspectionError,
     KernelBuildError,
     LifecycleError,
     LineageError,
     MissingDependencyError,
     MorphError,
     OptimizerError,
+    ReportFileError,
     SettingsError,
     SiteError,
     StoreError,
@@ -58,6 +61,7 @@ __all__ = [
     "Germination",
     "GerminationError",
     "GrowthEvent",
+    "InspectionError",
     "KasminaSeed",
     "KasminaStateLayout",
     "KernelBuildError",
@@ -72,6 +76,7 @@ __all__ = [
     "MorphableModel",
     "Morphology",
     "OptimizerError",
+    "ReportFileError",
     "Settings",
     "SettingsError",
     "SiteError",

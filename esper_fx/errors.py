@@ -85,6 +85,14 @@ class MissingDependencyError(EsperError, ImportError):
     """A package is needed that is not installed."""
 
 
+class InspectionError(EsperError, ValueError):
+    """There is nothing to look into, or not in the way that was asked for."""
+
+
+class ReportFileError(InspectionError, OSError):
+    """A report cannot be written where it was to be."""
+
+
 class OptimizerError(EsperError, ValueError):
     """An optimizer cannot be attached to this model, or a saved state does not fit it."""
 

@@ -136,8 +136,8 @@ def write_lineage(path: str | os.PathLike[str], model: nn.Module) -> None:
         ArgumentError: ``path`` is no path.
     """
     target = path_of(path, "the path of a lineage", ArgumentError)
-    write_whole(target, json.dumps(lineage_of(model), indent=2, allow_nan=False) + "
-", "the lineage", LineageError)
+    text = json.dumps(lineage_of(model), indent=2, allow_nan=False)
+    write_whole(target, f"{text}\n", "the lineage", LineageError)
 
 
 def lineage_of(model: nn.Module) -> dict[str, Any]:

@@ -18,6 +18,7 @@ LEAVES = (
     "esper_fx.cli",
     "esper_fx.demo",
     "esper_fx.doctor",
+    "esper_fx.inspect",
     "esper_fx.kernel_build",
     "esper_fx.toolchain",
 )
