@@ -9,6 +9,7 @@ from esper_fx.inspect.collect import summary
 from esper_fx.inspect.dot import to_dot
 from esper_fx.inspect.network import graph
 from esper_fx.inspect.node_link import to_json
+from esper_fx.inspect.page import report
 from esper_fx.inspect.records import PendingChange, ProgramSummary, RegionSummary, SeedSummary, Summary
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "SeedSummary",
     "Summary",
     "graph",
+    "report",
     "summary",
     "to_dot",
     "to_json",

@@ -12,14 +12,26 @@ _GAP = "  "
 #: A column is made no narrower than this to make a table fit.
 _LEAST = 8
 
-_SEEDS = ("site", "stage", "since", "blueprint", "alpha", "gate", "health", "parameters", "value", "births", "errors")
+SEED_COLUMNS = (
+    "site",
+    "stage",
+    "since",
+    "blueprint",
+    "alpha",
+    "gate",
+    "health",
+    "parameters",
+    "value",
+    "births",
+    "errors",
+)
 _REGIONS = ("region", "kernel", "nodes", "live seeds", "dormant seeds")
 _NUMBERS = frozenset({"since", "alpha", "gate", "health", "parameters", "births", "errors", "region", "nodes"})
 
 
 def summary_text(summary: Summary) -> str:
     """The whole summary, no line wider than 120 columns."""
-    lines = [*_head(summary), "", *table(_SEEDS, [_seed_row(seed) for seed in summary.seeds])]
+    lines = [*head(summary), "", *table(SEED_COLUMNS, [seed_row(seed) for seed in summary.seeds])]
     for seed in summary.seeds:
         if seed.error is not None:
             lines.append(f"{visible(seed.site)} failed: {visible(seed.error)}")
@@ -46,7 +58,8 @@ def _cell(text: str, size: int, right: bool) -> str:
     return padding + text if right else text + padding
 
 
-def _head(summary: Summary) -> Iterator[str]:
+def head(summary: Summary) -> Iterator[str]:
+    """The lines that say the most important."""
     live = len(summary.morphology)
     yield (
         f"{visible(summary.model)}: {summary.parameters:,} parameters, {summary.grown:,} grown; "
@@ -64,7 +77,8 @@ def _head(summary: Summary) -> Iterator[str]:
     )
 
 
-def _seed_row(seed: SeedSummary) -> list[str]:
+def seed_row(seed: SeedSummary) -> list[str]:
+    """What is to be said of a seed, in the columns of ``SEED_COLUMNS``."""
     config = ", ".join(f"{name}={value}" for name, value in seed.config.items())
     return [
         seed.site,
