@@ -1,7 +1,7 @@
 """A graph that people can read: operations are put together by the module that they belong to, seeds stay as they are.
 
-Within a spliced graph, whose order is that of execution, a part is a stretch of operations of one module without a seed in
-between. Stretches of such an order cannot form a cycle, and what led from one operation to another still does.
+Within a spliced graph, whose order is that of execution, a part is a stretch of operations of one call of a module without
+a seed in between. Stretches of such an order cannot form a cycle, and what led from one operation to another still does.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
-from esper_fx.inspect.operations import arguments, attributes, class_name, module_path, node_id, node_kind
+from esper_fx.inspect.operations import arguments, attributes, class_name, module_calls, module_path, node_id, node_kind
 from esper_fx.inspect.records import SeedSummary
 from esper_fx.passes.names import join
 
@@ -32,11 +32,13 @@ class Part:
     Attributes:
         key: The module's path in the scope; "" for what the scope does itself; None where the part is a single node.
         whole: Whether the module is shown as a whole, and not opened to show what is in it.
+        call: Which of the module's calls it is.
         nodes: What it stands for, in order.
     """
 
     key: str | None
     whole: bool
+    call: str | None
     nodes: list[fx.Node] = field(default_factory=list)
 
 
@@ -77,13 +79,14 @@ def parts_of(model: MorphableModel, scope: str, depth: int) -> list[Part]:
     for node in model.graphs[scope].nodes:
         kind = node_kind(model, scope, node)
         if kind in ("input", "output", "seed"):
-            parts.append(Part(None, False, [node]))
+            parts.append(Part(None, False, None, [node]))
             current = None
         elif node.op != "get_attr":
             path = list(filter(None, module_path(node).split(".")))[:depth]
             key, whole = ".".join(path), len(path) == depth
-            if current is None or (current.key, current.whole) != (key, whole):
-                current = Part(key, whole)
+            call = module_calls(node).get(key, key)
+            if current is None or (current.key, current.whole, current.call) != (key, whole, call):
+                current = Part(key, whole, call)
                 parts.append(current)
             current.nodes.append(node)
     return parts

@@ -85,7 +85,13 @@ def node_kind(model: MorphableModel, scope: str, node: fx.Node) -> str:
 
 def module_path(node: fx.Node) -> str:
     """The innermost module that was being called when a node was traced, by its path in the scope; "" for the scope."""
-    return str(next(reversed(node.meta.get("nn_module_stack") or {}), ""))
+    return next(reversed(module_calls(node)), "")
+
+
+def module_calls(node: fx.Node) -> dict[str, str]:
+    """The modules that were being called when a node was traced, outermost first: path in the scope to a name of the call."""
+    stack: dict[str, tuple[str, Any]] = node.meta.get("nn_module_stack") or {}
+    return {path: call for call, (path, _) in stack.items()}
 
 
 def class_name(model: nn.Module, path: str) -> str:
