@@ -104,7 +104,7 @@ def _programs(programs: Sequence[ProgramSummary]) -> Iterator[str]:
         yield "<p>No compiled program: the model has run eagerly so far.</p>"
     for number, program in enumerate(programs, 1):
         rest = "" if program.complete else "; kernels of other plans are on their way"
-        yield f"<h3>Program {number}: plan {_text(program.plan)}, {len(program.regions)} regions{rest}</h3>"
+        yield f"<h3>Program {number}: plan {_text(program.plan)}{rest}</h3>"
         rows = [
             (str(place), region.kernel, str(region.nodes), ", ".join(region.live), ", ".join(region.dormant))
             for place, region in enumerate(program.regions)

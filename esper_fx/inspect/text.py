@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from esper_fx import blueprints
 from esper_fx.inspect.names import shortened, visible, width
 from esper_fx.inspect.records import ProgramSummary, SeedSummary, Summary
+from esper_fx.lineage import json_value
 
 COLUMNS = 120
 _GAP = "  "
@@ -79,12 +81,11 @@ def head(summary: Summary) -> Iterator[str]:
 
 def seed_row(seed: SeedSummary) -> list[str]:
     """What is to be said of a seed, in the columns of ``SEED_COLUMNS``."""
-    config = ", ".join(f"{name}={value}" for name, value in seed.config.items())
     return [
         seed.site,
         seed.stage,
         f"{seed.since:,}",
-        "-" if seed.blueprint is None else f"{seed.blueprint}({config})",
+        _blueprint(seed),
         f"{seed.alpha:.4g}",
         f"{seed.gate:.4g}",
         "-" if seed.health is None else f"{seed.health:.4g}",
@@ -93,6 +94,18 @@ def seed_row(seed: SeedSummary) -> list[str]:
         str(seed.germinations),
         str(seed.errors),
     ]
+
+
+def _blueprint(seed: SeedSummary) -> str:
+    """The blueprint, with those of its parameters that are not the defaults."""
+    if seed.blueprint is None:
+        return "-"
+    known = blueprints.get(seed.blueprint).parameters if seed.blueprint in blueprints.names() else {}
+    defaults = {name: json_value(parameter.default) for name, parameter in known.items()}
+    given = [
+        f"{name}={value}" for name, value in seed.config.items() if name not in defaults or value != defaults[name]
+    ]
+    return f"{seed.blueprint}({', '.join(given)})" if given else seed.blueprint
 
 
 def _parameters(seed: SeedSummary) -> str:
@@ -113,13 +126,17 @@ def value_text(seed: SeedSummary) -> str:
 
 def _program(number: int, program: ProgramSummary) -> Iterator[str]:
     rest = "" if program.complete else ", kernels of other plans on their way"
-    yield f"program {number}: plan {program.plan}, {len(program.regions)} regions, {len(program.sites)} seeds{rest}"
+    yield f"program {number}: plan {program.plan}, {_count(program.regions, 'region')}, {_count(program.sites, 'seed')}{rest}"
     if program.regions:
         rows = [
             (str(place), region.kernel[:12], str(region.nodes), _sites(region.live), _sites(region.dormant))
             for place, region in enumerate(program.regions)
         ]
         yield from table(_REGIONS, rows)
+
+
+def _count(things: Sequence[object], name: str) -> str:
+    return f"{len(things)} {name}{'s' * (len(things) != 1)}"
 
 
 def _sites(sites: Sequence[str]) -> str:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -138,6 +140,42 @@ def test_long_names_lose_their_middle() -> None:
     assert shortened("文字" * 10, 9).startswith("文字")
     assert shortened("文字" * 10, 9).endswith("文字")
     assert visible("a\nb\x00\ud800") == "a\\nb\\x00\\ud800"
+
+
+def test_the_example_of_the_readme_prints_what_it_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    section = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8").split("## Looking inside")[1]
+    code, promised = re.findall(r"```(?:python)?\n(.*?)```", section, flags=re.DOTALL)[:2]
+    model = esper_fx.morph(
+        nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 1)), sites="1", example_inputs=(torch.ones(256, 16),)
+    )
+    grow(model, "1", "low_rank", rank=8, alpha=1.0, stage=Stage.FOSSILIZED)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"model": model, "esper_fx": esper_fx}
+    exec(code, names)
+    printed, expected = (re.sub(r"[\d,]+", "0", text).splitlines() for text in (capsys.readouterr().out, promised))
+    seeds = next(number for number, line in enumerate(printed) if line.startswith("site"))
+    assert [line.split() for line in printed[: seeds + 2]] == [line.split() for line in expected[: seeds + 2]]
+    assert names["graph"].nodes["esper_seeds_1"]["stage"] == "FOSSILIZED"
+    assert (tmp_path / "report.html").read_text().startswith("<!DOCTYPE html>")
+
+
+def test_parameters_that_are_not_the_default_are_shown() -> None:
+    model = small_transformer(depth=4)
+    default = esper_fx.blueprints.get("low_rank").parameters["rank"].default
+    grow(model, "blocks.0", "low_rank", rank=default + 1)
+    grow(model, "blocks.1", "low_rank", rank=default)
+    grow(model, "blocks.2", "sequence", parts=["affine"])
+    shown = [line.split("  ")[0] for line in _column(str(inspect.summary(model)), "blueprint")]
+    assert shown == [f"low_rank(rank={default + 1})", "low_rank", "sequence(parts=['affine'])", "-"]
+
+
+def _column(text: str, name: str) -> list[str]:
+    """The rest of the seeds' lines from a column on."""
+    lines = text.splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith("site "))
+    return [line[lines[start].index(name) :] for line in lines[start + 1 :] if line]
 
 
 def test_odd_names_stay_whole_in_the_data() -> None:
