@@ -27,4 +27,4 @@ def write_whole(target: Path, text: str, what: str, error: type[EsperError]) -> 
             temporary.unlink()
         missing = "" if target.parent.is_dir() else f": there is no folder {target.parent}"
         why = ": that is a folder, give a file's name" if target.is_dir() else missing
-        raise error(f"{what} cannot be written to {target}{why} ({problem.strerror})") from problem
+        raise error(f"{what} cannot be written to {target}{why} ({problem.strerror or problem})") from problem

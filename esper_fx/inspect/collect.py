@@ -19,7 +19,7 @@ from esper_fx.original import original_kind
 from esper_fx.stats import engine_stats, programs_of
 
 if TYPE_CHECKING:
-    from esper_fx.engine.program import SizedProgram
+    from esper_fx.engine.sized_program import SizedProgram
     from esper_fx.growth import Growth
     from esper_fx.seed import KasminaSeed
 

@@ -6,11 +6,12 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from html import escape
-from pathlib import Path
 
 from torch import nn
 
+from esper_fx.checks import path_of
 from esper_fx.errors import InspectionError, ReportFileError
+from esper_fx.files import write_whole
 from esper_fx.inspect.collect import summary
 from esper_fx.inspect.names import visible
 from esper_fx.inspect.network import graph
@@ -18,7 +19,6 @@ from esper_fx.inspect.records import ProgramSummary, Summary
 from esper_fx.inspect.svg import graph_svg, legend, timeline_svg
 from esper_fx.inspect.text import SEED_COLUMNS, head, seed_row
 from esper_fx.lifecycle import GrowthEvent
-from esper_fx.lineage import write_whole
 from esper_fx.model import MorphableModel, morphed
 from esper_fx.passes.pipeline import PassRecord
 
@@ -37,25 +37,14 @@ def report(model: nn.Module, path: str | os.PathLike[str] | None = None, *, titl
         The page.
 
     Raises:
-        InspectionError: The model is not morphed.
+        InspectionError: The model is not morphed, or ``path`` is no path.
         ReportFileError: The file cannot be written.
     """
     found = morphed(model, "report", InspectionError)
     page = _page(found, title)
     if path is not None:
-        _write(Path(path), page)
+        write_whole(path_of(path, "the path of a report", InspectionError), page, "the report", ReportFileError)
     return page
-
-
-def _write(target: Path, page: str) -> None:
-    if not target.parent.is_dir():
-        raise ReportFileError(f"report {target} cannot be written: {target.parent} is no folder; create it first")
-    if target.is_dir():
-        raise ReportFileError(f"report {target} cannot be written: it is a folder; give the path of a file")
-    try:
-        write_whole(target, page)
-    except OSError as error:
-        raise ReportFileError(f"report {target} cannot be written: {error}; give another path") from error
 
 
 def _page(model: MorphableModel, title: str) -> str:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from esper_fx._torch import uncompiled
 from esper_fx.checks import real, shown, whole
 from esper_fx.errors import TelemetryError
 from esper_fx.ops.probe import GRADIENTS
@@ -50,11 +49,9 @@ def watch(model: MorphableModel, *, every: int = 50, decay: float = 0.9, directi
     Raises:
         TelemetryError: This is no morphed model, a number is out of range, or the model is watched already.
     """
-    from esper_fx.model import MorphableModel
+    from esper_fx.model import morphed
 
-    target = uncompiled(model)
-    if not isinstance(target, MorphableModel):
-        raise TelemetryError(f"watch() needs a morphed model, not a {type(target).__name__}; call esper_fx.morph first")
+    target = morphed(model, "watch", TelemetryError)
     steps, weight, number = whole(every), real(decay), whole(directions)
     if steps is None or steps < 1:
         raise TelemetryError(f"watch(every={shown(every)}): expected a whole number of steps, 1 or more")

@@ -163,11 +163,9 @@ def test_a_report_is_written_as_well_as_returned(tmp_path: Path) -> None:
 def test_a_report_that_cannot_be_written_leaves_all_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = small_transformer()
     missing = tmp_path / "missing" / "report.html"
-    with pytest.raises(
-        ReportFileError, match=r"report .*report.html cannot be written: .*missing is no folder; create it"
-    ):
+    with pytest.raises(ReportFileError, match=r"the report cannot be written to .*: there is no folder .*missing"):
         inspect.report(model, missing)
-    with pytest.raises(ReportFileError, match="it is a folder; give the path of a file"):
+    with pytest.raises(ReportFileError, match="that is a folder, give a file's name"):
         inspect.report(model, tmp_path)
     target = tmp_path / "report.html"
     target.write_text("before")
@@ -176,7 +174,7 @@ def test_a_report_that_cannot_be_written_leaves_all_as_it_was(tmp_path: Path, mo
         raise OSError("no space left")
 
     monkeypatch.setattr(Path, "replace", fail)
-    with pytest.raises(ReportFileError, match="no space left; give another path"):
+    with pytest.raises(ReportFileError, match=r"\(no space left\)"):
         inspect.report(model, target)
     assert target.read_text() == "before"
     assert list(tmp_path.iterdir()) == [target]
