@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from torch._inductor.runtime import cache_dir_utils
 
-from esper_fx import _torch
+from esper_fx._torch import inductor
 
 pytestmark = pytest.mark.fast
 
@@ -38,7 +38,7 @@ def test_broken_libraries_are_removed_and_built_again(folder: Path) -> None:
     libraries = [folder / "one.main.so", folder / "two.main.so"]
     for library in libraries:
         library.touch()
-    assert _torch._without_broken_libraries(_Compiles(*libraries)) == "loaded"
+    assert inductor._without_broken_libraries(_Compiles(*libraries)) == "loaded"
     assert all(library.stat().st_size for library in libraries)
 
 
@@ -46,14 +46,14 @@ def test_one_that_is_broken_again_is_given_up(folder: Path) -> None:
     library = folder / "one.main.so"
     library.touch()
     with pytest.raises(RuntimeError, match="file too short"):
-        _torch._without_broken_libraries(_Compiles(library, good=False))
+        inductor._without_broken_libraries(_Compiles(library, good=False))
 
 
 def test_a_library_of_somebody_else_is_left_alone(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     library = tmp_path_factory.mktemp("elsewhere") / "one.so"
     library.touch()
     with pytest.raises(RuntimeError, match="file too short"):
-        _torch._without_broken_libraries(_Compiles(library))
+        inductor._without_broken_libraries(_Compiles(library))
     assert library.exists()
 
 
@@ -62,4 +62,4 @@ def test_other_errors_are_what_they_were(folder: Path) -> None:
         raise ValueError(f"{folder}/one.so: no")
 
     with pytest.raises(ValueError, match="no"):
-        _torch._without_broken_libraries(fail)
+        inductor._without_broken_libraries(fail)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from esper_fx import _torch
+from esper_fx._torch import inductor
 from esper_fx.cache._background import ForkSafeLock
 from esper_fx.conductor import Conductor
 from esper_fx.engine import region
@@ -113,7 +113,7 @@ def test_what_a_conductor_was_at_goes_on_in_the_child_when_somebody_waits_for_it
 
 @pytest.mark.parametrize(
     "lock",
-    [_torch._GRAPH_LOCK, region._templates_lock, service_module._services_lock, settings_module._lock],
+    [inductor._GRAPH_LOCK, region._templates_lock, service_module._services_lock, settings_module._lock],
     ids=["graph", "templates", "services", "settings"],
 )
 def test_the_locks_of_modules_are_free_in_the_child(lock: ForkSafeLock) -> None:

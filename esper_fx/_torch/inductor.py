@@ -1,4 +1,4 @@
-"""Every private PyTorch API that esper_fx touches, in one place. Run on torch 2.11, 2.13, 2.14 and 2.15."""
+"""Inductor: compile a graph, serialise what comes of it, and load that in another process."""
 
 from __future__ import annotations
 
@@ -6,199 +6,30 @@ import contextlib
 import copy
 import hashlib
 import importlib.util
-import inspect
 import logging
 import os
-import platform
 import re
 import threading
 import types
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import wait
-from functools import cache, partial
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, fx, nn
-from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import fx
 
-from esper_fx import flags
 from esper_fx.artifact import Artifact, Code, holds, pack, relocated, unpack, write_atomic
 from esper_fx.cache._background import ForkSafeLock
 from esper_fx.kernels.launch import HiddenLaunch, compile_hidden
 
 logger = logging.getLogger(__name__)
 
+
 _T = TypeVar("_T")
 
-__all__ = [
-    "CHANNEL_FIRST_LAYERS",
-    "CPU_ATTENTION",
-    "FUNCTION_HOLDERS",
-    "PRESERVED_ATTRIBUTES",
-    "SET_GRAD_ENABLED",
-    "DataDependentOutputException",
-    "FakeTensor",
-    "FakeTensorMode",
-    "HigherOrderOperator",
-    "OpOverload",
-    "OpOverloadPacket",
-    "TorchDispatchMode",
-    "pytree",
-    "quiet_fakes",
-    "storage_id",
-    "triton_op",
-    "uncompiled",
-]
-
-#: What a graph holds where the grad mode is switched.
-SET_GRAD_ENABLED = torch._C._set_grad_enabled
-
-#: The fused attention that CPU tensors take.
-CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-
-#: Modules that hold PyTorch's functions, the public ones first.
-FUNCTION_HOLDERS = (
-    "torch.nn.functional",
-    "torch",
-    "torch.linalg",
-    "torch.fft",
-    "torch.special",
-    "torch.nn.init",
-    "torch._C._nn",
-    "torch._C._fft",
-    "torch._C._linalg",
-    "torch._C._special",
-    "torch._C",
-    "operator",
-    "math",
-)
-
-#: Layers whose output has its features in dimension 1.
-CHANNEL_FIRST_LAYERS: tuple[type[nn.Module], ...] = (
-    nn.modules.conv._ConvNd,
-    nn.modules.batchnorm._BatchNorm,
-    nn.modules.instancenorm._InstanceNorm,
-    nn.GroupNorm,
-)
-
-
-HOOKS: frozenset[str] = frozenset(name for name in vars(nn.Module()) if "hooks" in name)
-"""The attributes in which modules keep hooks; code that runs in a forward leaves them alone."""
-
-
-def storage_id(tensor: torch.Tensor) -> int:
-    """What tells the memory of tensors apart while they live, also of tensors without data.
-
-    What a transform of torch.func wraps around a tensor shares its memory. Any other tensor without memory stands for itself.
-    """
-    inner = tensor
-    while torch._C._functorch.is_functorch_wrapped_tensor(inner):
-        inner = torch._C._functorch.get_unwrapped(inner)
-    try:
-        return int(inner.untyped_storage()._cdata)
-    except NotImplementedError:
-        return id(tensor)
-
-
-@contextlib.contextmanager
-def quiet_fakes() -> Iterator[None]:
-    """Keep fake tensors from logging an error for what their caller expects and handles."""
-    log = logging.getLogger("torch._subclasses.fake_tensor")
-    disabled, log.disabled = log.disabled, True
-    try:
-        yield
-    finally:
-        log.disabled = disabled
-
-
-def uncompiled(module: Any) -> Any:
-    """The module that `torch.compile` was given, or the module itself where it was not compiled."""
-    return getattr(module, "_orig_mod", module)
-
-
-#: Where a GraphModule's `meta` names the plain attributes that a deep copy keeps.
-PRESERVED_ATTRIBUTES = "_user_preserved_attributes"
-
-
-def triton_op(name: str) -> Callable[[Callable[..., Any]], Any]:
-    """`torch.library.triton_op` for an operator that changes no argument; says nothing where there is no triton.
-
-    The operator is decomposed where a graph is functionalised, so that Inductor sees the kernels in it, or the ATen
-    operators where the tensors are on a device without them.
-    """
-
-    def define(function: Callable[..., Any]) -> Any:
-        log = logging.getLogger("torch._library.triton")
-        disabled, log.disabled = log.disabled, True
-        try:
-            return torch.library.triton_op(name, function, mutates_args=())
-        finally:
-            log.disabled = disabled
-
-    return define
-
-
-BACKEND_NAME = "esper"
 
 _GRAPH_LOCK = ForkSafeLock()
-
-
-# Modules
-
-
-def load_in_progress() -> tuple[bool, dict[str, Any] | None]:
-    """``strict`` and the metadata of the ``load_state_dict`` that is under way on this thread.
-
-    A module's hook is told neither: PyTorch hands every one ``strict=True`` and the metadata of its own module. Where that
-    cannot be found out, ``strict`` is True and the metadata None.
-    """
-    code = inspect.unwrap(nn.Module.load_state_dict).__code__
-    frame = inspect.currentframe()
-    while frame is not None and frame.f_code is not code:
-        frame = frame.f_back
-    if frame is None:
-        return True, None
-    metadata = frame.f_locals.get("metadata")
-    if metadata is not None:  # PyTorch notes assign=True in it, for good
-        metadata = {
-            path: {key: value for key, value in entry.items() if key != "assign_to_params_buffers"}
-            for path, entry in metadata.items()
-        }
-    return bool(frame.f_locals.get("strict", True)), metadata
-
-
-# Dynamo
-
-
-@torch.compiler.assume_constant_result
-def compiling_for_esper() -> bool:
-    """Whether Dynamo is tracing for the esper backend right now; evaluated once, while tracing."""
-    from torch._dynamo.symbolic_convert import InstructionTranslator
-
-    backend: Any = InstructionTranslator.current_tx().output.compiler_fn
-    for _ in range(8):
-        if getattr(backend, "esper_backend", False) or backend == BACKEND_NAME:
-            return True
-        inner = getattr(backend, "_torchdynamo_orig_backend", None) or getattr(backend, "compiler_fn", None)
-        if inner is None or inner is backend:
-            return False
-        backend = inner
-    return False
-
-
-def is_recompile() -> bool:
-    """Whether Dynamo compiles a frame now that it has compiled before."""
-    from torch._guards import CompileContext
-
-    compile_id = CompileContext.current_compile_id()
-    return compile_id is not None and bool(compile_id.frame_compile_id)
-
-
-# Inductor
 
 
 class Uncacheable(Exception):
@@ -427,48 +258,6 @@ def warm_inductor() -> None:
     import torch._inductor.standalone_compile  # noqa: F401
 
 
-def is_kernel_call(target: Any) -> bool:
-    """Whether a node's target is how Dynamo calls a Triton kernel of the user's own."""
-    return isinstance(target, HigherOrderOperator) and target.name().startswith("triton_kernel_wrapper_")
-
-
-def kernel_side_table() -> Any:
-    """Where Dynamo keeps Triton kernels and those of their arguments that a graph cannot hold, by number."""
-    from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
-
-    return kernel_side_table
-
-
-def may_be_repeated() -> bool:
-    """Whether a forward pass is repeated, by checkpointing in the backward pass, or may be: hooks take what it saves."""
-    return in_backward() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-
-
-def saved_tensors_kept() -> contextlib.AbstractContextManager[Any]:
-    """Keep what is computed meanwhile, on stand-ins for tensors, from hooks on saved tensors, such as checkpointing's."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return contextlib.nullcontext() if hooks is None else torch.autograd.graph.saved_tensors_hooks(_itself, _itself)
-
-
-def _itself(tensor: Any) -> Any:
-    return tensor
-
-
-def is_owned(tensor: Tensor) -> bool:
-    """Whether Dynamo has found a tensor in a module, as its parameter or buffer."""
-    return isinstance(tensor, nn.Parameter) or hasattr(tensor, "_dynamo_static_input_type")
-
-
-def in_transform() -> bool:
-    """Whether the calling thread is within a transform of torch.func, such as grad or vmap."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
-
-
-def in_backward() -> bool:
-    """Whether the calling thread is in the middle of a backward pass."""
-    return bool(torch._C._current_graph_task_id() != -1)
-
-
 def cpp_compiler() -> str:
     """Path or name of the C++ compiler that Inductor uses; raises RuntimeError where there is none."""
     from torch._inductor.cpp_builder import get_cpp_compiler
@@ -477,71 +266,3 @@ def cpp_compiler() -> str:
         return str(get_cpp_compiler())
     except Exception as error:
         raise RuntimeError(f"no C++ compiler found: {error}") from error
-
-
-def compile_environment() -> dict[str, str]:
-    """What compiled code depends on besides the graph: versions, processor, accelerator and PyTorch's global flags.
-
-    And where PyTorch lies: Inductor finds a C++ library by a compiler command that names the folder. From another one it would
-    be built anew while it is loaded, in the process that trains.
-    """
-    device = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
-    return {
-        "torch": f"{torch.__version__} {torch.version.git_version}",
-        "triton": _version_of("triton"),
-        "folder": os.path.dirname(torch.__file__),
-        "cpu": f"{torch.backends.cpu.get_cpu_capability()} {_processor()}",
-        "gpu": "" if device is None else f"{device.name} {device.major}.{device.minor}",
-        **flags.current(),
-    }
-
-
-#: What identifies a processor in /proc/cpuinfo, on x86 and on Arm.
-_PROCESSOR_LINES = ("model name", "flags", "CPU implementer", "CPU part", "CPU variant", "Features")
-
-
-@cache
-def _processor() -> str:
-    """A digest of what the system says of the processor: C++ is compiled for exactly this one."""
-    described = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
-        first = file.read().split("\n\n", 1)[0].splitlines()
-        described = "\n".join(line for line in first if line.split("\t")[0].strip() in _PROCESSOR_LINES)
-    return hashlib.sha256(described.encode()).hexdigest()[:16]
-
-
-def inductor_settings() -> dict[str, Any]:
-    """The user's Inductor configuration: whatever differs in it gives other code. Only what can be sent to a worker."""
-    import torch._inductor.config as inductor_config
-
-    settings = inductor_config.save_config_portable()
-    for name in ("compile_threads", "worker_start_method", "unsafe_marked_cacheable_functions"):
-        settings.pop(name, None)
-    return {name: value for name, value in sorted(settings.items()) if _is_plain(value)}
-
-
-def inductor_patch(settings: dict[str, Any]) -> contextlib.AbstractContextManager[Any]:
-    """Apply settings from another process to Inductor here."""
-    import torch._inductor.config as inductor_config
-
-    known = {
-        name: value for name, value in settings.items() if inductor_config.save_config_portable().get(name) != value
-    }
-    return inductor_config.patch(known) if known else contextlib.nullcontext()
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, list | tuple):
-        return all(_is_plain(item) for item in value)
-    if isinstance(value, dict):
-        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
-    return value is None or isinstance(value, bool | int | float | str)
-
-
-def _version_of(package: str) -> str:
-    from importlib import metadata
-
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return ""

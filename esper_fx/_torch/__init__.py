@@ -1,0 +1,75 @@
+"""Every private PyTorch API that esper_fx touches, in one folder. Run on torch 2.11, 2.13, 2.14 and 2.15."""
+
+from __future__ import annotations
+
+from esper_fx._torch.dynamo import BACKEND_NAME, compiling_for_esper, is_kernel_call, is_recompile, kernel_side_table
+from esper_fx._torch.eager import (
+    in_backward,
+    in_transform,
+    is_owned,
+    load_in_progress,
+    may_be_repeated,
+    quiet_fakes,
+    saved_tensors_kept,
+    storage_id,
+    triton_op,
+    uncompiled,
+)
+from esper_fx._torch.environment import compile_environment, inductor_patch, inductor_settings
+from esper_fx._torch.inductor import Uncacheable, compile_graph, cpp_compiler, load_graph, warm_inductor
+from esper_fx._torch.names import (
+    CHANNEL_FIRST_LAYERS,
+    CPU_ATTENTION,
+    FUNCTION_HOLDERS,
+    HOOKS,
+    PRESERVED_ATTRIBUTES,
+    SET_GRAD_ENABLED,
+    DataDependentOutputException,
+    FakeTensor,
+    FakeTensorMode,
+    HigherOrderOperator,
+    OpOverload,
+    OpOverloadPacket,
+    TorchDispatchMode,
+    pytree,
+)
+
+__all__ = [
+    "BACKEND_NAME",
+    "CHANNEL_FIRST_LAYERS",
+    "CPU_ATTENTION",
+    "FUNCTION_HOLDERS",
+    "HOOKS",
+    "PRESERVED_ATTRIBUTES",
+    "SET_GRAD_ENABLED",
+    "DataDependentOutputException",
+    "FakeTensor",
+    "FakeTensorMode",
+    "HigherOrderOperator",
+    "OpOverload",
+    "OpOverloadPacket",
+    "TorchDispatchMode",
+    "Uncacheable",
+    "compile_environment",
+    "compile_graph",
+    "compiling_for_esper",
+    "cpp_compiler",
+    "in_backward",
+    "in_transform",
+    "inductor_patch",
+    "inductor_settings",
+    "is_kernel_call",
+    "is_owned",
+    "is_recompile",
+    "kernel_side_table",
+    "load_graph",
+    "load_in_progress",
+    "may_be_repeated",
+    "pytree",
+    "quiet_fakes",
+    "saved_tensors_kept",
+    "storage_id",
+    "triton_op",
+    "uncompiled",
+    "warm_inductor",
+]
