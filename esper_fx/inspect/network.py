@@ -24,8 +24,8 @@ def graph(model: nn.Module, *, detail: str = "modules", depth: int | None = None
     """How values flow through a model: its spliced graphs, as one networkx graph without cycles, in order of execution.
 
     A node's identity is that of the (first) node of the spliced graph that it stands for: its name, or ``scope:name`` in a
-    part of a model whose forward is plain Python. A site whose module is not traced has two nodes, ``site:forward`` and
-    ``site:seed``. Attributes of nodes are JSON types:
+    part of a model whose forward is plain Python. How values get from one such part to another is not known. A site whose
+    module is not traced has two nodes, ``site:forward`` and ``site:seed``. Attributes of nodes are JSON types:
 
     - ``kind``: ``input``, ``output``, ``seed``, ``module``, ``operation``; with all operations also ``parameter``,
       ``constant`` and ``state``, which are the arrays that all seeds read;

@@ -274,6 +274,31 @@ def test_calls_of_one_module_stay_apart_and_their_seed_is_one() -> None:
     assert seeds[0]["blueprint"] == "affine"
 
 
+def test_between_modules_there_is_an_edge_for_every_value_and_none_for_its_further_uses() -> None:
+    class Gives(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x.exp(), x.sin()
+
+    class Takes(nn.Module):
+        def forward(self, first: Tensor, second: Tensor) -> Tensor:
+            return first * second + first
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gives, self.takes, self.last = Gives(), Takes(), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.last(self.takes(*self.gives(x)))
+            return y
+
+    result = inspect.graph(esper_fx.morph(Both(), sites="last"))
+    assert list(result.get_edge_data("exp", "mul").values()) == [
+        {"argument": "0", "value": "exp"},
+        {"argument": "1", "value": "sin"},
+    ]
+
+
 def test_large_models_stay_readable() -> None:
     model = small_transformer(depth=20, sites=["blocks.*"])
     assert len(inspect.graph(model, detail="operations")) > 6 * READABLE

@@ -98,6 +98,7 @@ def test_a_site_of_which_nothing_is_known_yet() -> None:
 def test_a_summary_is_plain_data() -> None:
     now = inspect.summary(grown_transformer())
     record = strict(now.to_dict())
+    assert record == now.to_dict()  # JSON's own types, lists included
     assert [seed["site"] for seed in record["seeds"]] == ["blocks.0", "blocks.1", "blocks.2"]
     assert record["seeds"][1]["config"]["rank"] == 4
     assert record["seeds"][1]["shape"] == [2, 8, 16]
@@ -136,6 +137,7 @@ def test_the_text_is_a_table_that_fits(make: Callable[[], esper_fx.MorphableMode
 def test_long_names_lose_their_middle() -> None:
     assert shortened("blocks.0.attention.projection", 12) == "blocks…ction"
     assert shortened("short", 12) == "short"
+    assert (width("文字"), width("größe")) == (4, 5)
     assert width(shortened("文字" * 10, 9)) <= 9
     assert shortened("文字" * 10, 9).startswith("文字")
     assert shortened("文字" * 10, 9).endswith("文字")
@@ -272,11 +274,12 @@ def test_a_model_that_hangs_in_a_transition_can_be_looked_into(monkeypatch: pyte
     monkeypatch.setattr(collect, "PATIENCE_S", 0.01)
     model = grown_transformer()
     held, release = threading.Event(), threading.Event()
+    waited_for: list[bool] = []
 
     def hang() -> None:
         with model.growth.lock:
             held.set()
-            release.wait()
+            waited_for.append(not release.wait(20))
 
     thread = threading.Thread(target=hang)
     thread.start()
@@ -288,6 +291,7 @@ def test_a_model_that_hangs_in_a_transition_can_be_looked_into(monkeypatch: pyte
     finally:
         release.set()
         thread.join()
+    assert waited_for == [False]
 
 
 def test_the_lock_with_a_limit_is_held_and_given_back() -> None:
