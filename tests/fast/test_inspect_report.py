@@ -138,13 +138,15 @@ def test_names_and_titles_cannot_become_markup() -> None:
 
 
 class _Named(nn.Module):
+    """Stays plain Python, so that names of nodes begin with those of its parts."""
+
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.ModuleDict({"</td><b>": nn.Linear(4, 4)})
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for layer in self.layers.values():
-            x = layer(x)
+            x = layer(x) if x.sum() > 0 else x
         return x
 
 
