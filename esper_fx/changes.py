@@ -8,12 +8,12 @@ import math
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from esper_fx._garbage import collecting_later
+from esper_fx.change_queue import Change, ChangeQueue, Move
 from esper_fx.checks import real, shown
 from esper_fx.conductor import Conductor
 from esper_fx.errors import ArgumentError, GerminationError
@@ -35,33 +35,6 @@ LOOK_S = 0.01
 
 #: Seconds until kernels without a pruned body are asked for again, after the first failure and at most; doubled in between.
 FIRST_PAUSE_S, LAST_PAUSE_S = 1.0, 60.0
-
-
-@dataclass(eq=False)
-class Change:
-    """A change of the morphology that is on its way: a seed's body comes (with its germination) or goes.
-
-    Changes of one group go live in one step, or fail, together; they stand next to each other in the queue.
-
-    Attributes:
-        seed: Whose body it is.
-        germination: What ``germinate`` returned, or None where the body goes.
-        target: The stage that follows.
-        error: Why its kernels cannot be had.
-        ready: Whether the next step boundary decides it.
-        tried: Whether its kernels have been asked for.
-        pause: Seconds for which it was put off last.
-        group: The same for changes that belong together.
-    """
-
-    seed: KasminaSeed
-    germination: Germination | None
-    target: Stage
-    error: BaseException | None = None
-    ready: bool = False
-    tried: bool = False
-    pause: float = 0.0
-    group: object = field(default_factory=object)
 
 
 class Changes:
@@ -86,8 +59,7 @@ class Changes:
         self.longest_host = 0.0
         self._growth = growth
         self._lock = growth.lock
-        self._pending: list[Change] = []
-        self._put_off: dict[Change, Future[None]] = {}  # until when
+        self._queue = ChangeQueue()
         self._warned: set[str] = set()
         self._boundary_work = False
         self._host = 0.0
@@ -152,20 +124,18 @@ class Changes:
         """Make live what is ready; the calling thread must be between two steps."""
         with self._lock, collecting_later():
             self._boundary_work = False
-            while self._pending and self._pending[0].ready:
-                change = self._pending[0]
-                together = self._together_with(change)
+            while self._queue and self._queue.first.ready:
+                change = self._queue.first
                 if change.error is None and not self._can_run(self._live_after(change)):
-                    for member in together:
-                        member.ready = False  # a program has come meanwhile
+                    change.ready = False  # a program has come meanwhile
                     break
-                del self._pending[: len(together)]
-                for member in together:
-                    self._growth.commit(member)
+                self._queue.remove(change)
+                for move in change.moves:
+                    self._growth.commit(move, change.error)
             live, programs = self._live(), list(self.programs)
             self.swaps += sum(program.activate(self._all_of(program, live)) for program in programs)
             # Waking the engine's thread costs a step as much as the switch does.
-            if self._pending or self._growth.sampler is not None or not all(program.complete for program in programs):
+            if self._queue or self._growth.sampler is not None or not all(program.complete for program in programs):
                 self.kick()
 
     # Copies and checkpoints.
@@ -178,13 +148,13 @@ class Changes:
             for seed in sorted(self._interrupted(), key=lambda seed: begun.get(seed.name, -1)):
                 if seed.stage == Stage.GERMINATING:
                     trained = bool(self._growth.state.read("gate", seed.index))  # it was given weights
-                    self.add(Change(seed, Germination(seed), Stage.ACTIVE if trained else Stage.INCUBATING))
+                    self.add(Move(seed, Germination(seed), Stage.ACTIVE if trained else Stage.INCUBATING))
                 else:
-                    self.add(Change(seed, None, Stage.EMBARGOED))
+                    self.add(Move(seed, None, Stage.EMBARGOED))
 
     def _interrupted(self) -> list[KasminaSeed]:
         """Seeds whose body should come or go, and no change in the queue sees to it."""
-        coming = {change.seed for change in (*self._pending, *self._put_off)}
+        coming = {move.seed for _, move in self._queue.moves()}
         return [
             seed
             for seed in self._growth.by_index
@@ -194,13 +164,12 @@ class Changes:
     def abandon(self, why: str) -> None:
         """Forget everything that is on its way; who waits for a germination gets ``why`` in an error."""
         with self._lock:
-            abandoned, self._pending = self._pending, []
-            self._put_off.clear()
+            abandoned = self._queue.clear()
             self._boundary_work = self.unfinished = False
             self._forget()
-        for change in abandoned:
-            if change.germination is not None:
-                change.germination.settle(GerminationError(f"the body at site {change.seed.name!r} is gone: {why}"))
+        for move in (move for change in abandoned for move in change.moves):
+            if move.germination is not None:
+                move.germination.settle(GerminationError(f"the body at site {move.seed.name!r} is gone: {why}"))
 
     def restored(self) -> None:
         """The model has other bodies, between two steps: let no program run the old ones. May compile, and so block."""
@@ -211,58 +180,43 @@ class Changes:
 
     # The queue.
 
-    def add(self, *group: Change) -> None:
-        """Queue changes of one group; if everything for them is there already, the next step boundary makes them live."""
-        if not group:
+    def add(self, *moves: Move) -> None:
+        """Queue a change of these moves; if everything for it is there already, the next step boundary makes it."""
+        if not moves:
             return
-        waiting = list(self._pending)
-        self._pending += group
+        change, waiting = Change(list(moves)), list(self._queue)
+        self._queue.add(change)
         if not self.programs:
-            for change in group:
-                change.ready = True
+            change.ready = True
             self.apply()
             return
-        live = self._live_after(group[0])
+        live = self._live_after(change)
         if all(c.ready for c in waiting) and self._can_run(live):
-            self._stage(group[0])
+            self._stage(change)
             if not waiting:
                 self._offer(self._made(list(self.programs), live))
         self.kick()
 
-    def withdraw(self, seed: KasminaSeed) -> Change | None:
-        """Take the change that is on its way for a seed out of the queue, if there is one."""
-        change = next((c for c in (*self._pending, *self._put_off) if c.seed is seed), None)
-        if change is not None:
-            if self._put_off.pop(change, None) is None:
-                self._pending.remove(change)
+    def withdraw(self, seed: KasminaSeed) -> Move | None:
+        """Take what is on its way for a seed out of the queue, if anything is."""
+        move = self._queue.withdraw(seed)
+        if move is not None:
             self._forget()
-        return change
+        return move
 
-    def on_their_way(self) -> list[Change]:
-        """The changes that are asked for and not live yet, in order; last what was put off."""
-        return [*self._pending, *self._put_off]
+    def on_their_way(self) -> list[tuple[Change, Move]]:
+        """What is asked for and not live yet, in order, each with its change; last what was put off."""
+        return list(self._queue.moves())
 
     def _stage(self, change: Change) -> None:
-        for member in self._together_with(change):
-            member.ready = True
-            member.error = change.error
+        change.ready = True
         self._boundary_work = True
-
-    def _together_with(self, change: Change) -> list[Change]:
-        return [member for member in self._pending if member.group is change.group]
 
     def _live(self) -> set[KasminaSeed]:
         return {seed for seed in self._growth.by_index if seed.live}
 
     def _live_after(self, change: Change) -> set[KasminaSeed]:
-        live = self._live()
-        last = self._together_with(change)[-1]
-        for member in self._pending:
-            if member.error is None:
-                (live.add if member.germination is not None else live.discard)(member.seed)
-            if member is last:
-                break
-        return live
+        return self._queue.live_after(change, self._live())
 
     def _all_of(self, program: SizedProgram, live: set[KasminaSeed]) -> set[KasminaSeed]:
         """These seeds of this model, and the live ones of the other models that are part of the same program."""
@@ -286,10 +240,8 @@ class Changes:
             What to wait for before the next round; empty when nothing is left to do.
         """
         with self._lock:
-            waiting: list[Future[Any]] = self._take_back()
-            first_of_groups = {change.group: change for change in reversed(self._pending)}
-            heads = [change for change in self._pending if first_of_groups[change.group] is change]
-            pending = [(change, self._live_after(change)) for change in heads]
+            waiting: list[Future[Any]] = [*self._queue.take_back()]
+            pending = [(change, self._live_after(change)) for change in self._queue]
             programs = list(self.programs)
             live = self._live()
         for change, after in pending:
@@ -316,43 +268,31 @@ class Changes:
             error = problem
         made = self._made(programs, live) if error is None and not missing else []
         with self._lock:
-            if change not in self._pending:
+            if change not in self._queue:
                 return []
-            if change.group is self._pending[0].group:  # the next boundary's
+            if change is self._queue.first:  # the next boundary's
                 self._offer(made)
-            if error is not None and change.germination is None:
-                return [self._put_off_group(change, error, programs[0].service)]
+            if error is not None and not change.brings:
+                return [self._put_off(change, error, programs[0].service)]
             if error is not None:
-                change.error = GerminationError(f"{_bodies(self._together_with(change))} no kernel: {error}")
+                change.error = GerminationError(f"{change} no kernel: {error}")
                 change.error.__cause__ = error
             if error is not None or not missing:
                 self._stage(change)
         return [variant.future for variant in missing if variant.future is not None and error is None]
 
-    def _put_off_group(self, change: Change, error: BaseException, service: Service) -> Future[None]:
+    def _put_off(self, change: Change, error: BaseException, service: Service) -> Future[None]:
         """There is no kernel without these bodies: they stay, silent, and others go first, until a pause is over."""
-        together = self._together_with(change)
         pause = min(max(2 * change.pause, FIRST_PAUSE_S), LAST_PAUSE_S)
         until: Future[None] = service.run(asyncio.sleep(pause))
         logger.warning(
             "%s to stay for now, silent: there is no kernel without (%s); it is asked for again in %g s",
-            _bodies(together),
+            change,
             error,
             pause,
         )
-        for member in together:
-            self._pending.remove(member)
-            self._put_off[member] = until
-            member.tried, member.pause = False, pause
+        self._queue.delay(change, pause, until)
         return until
-
-    def _take_back(self) -> list[Future[None]]:
-        """Queue again what was put off until now; returns what the others wait for."""
-        over = [change for change, until in self._put_off.items() if until.done()]
-        for change in over:
-            del self._put_off[change]
-        self._pending += over
-        return list(self._put_off.values())
 
     def _made(self, programs: list[SizedProgram], live: set[KasminaSeed]) -> list[tuple[SizedProgram, Prepared | None]]:
         """What each program will run, made now where it can be; the boundary makes what is missing."""
@@ -408,7 +348,7 @@ class Changes:
     def pending(self) -> bool:
         """Whether a change or a better plan is on its way."""
         return (
-            bool(self._pending or self._put_off)
+            bool(self._queue or self._queue.put_off)
             or self._boundary_work
             or self._conductor.busy
             or (self.unfinished and bool(self._interrupted()))
@@ -448,8 +388,3 @@ class Changes:
             if rest <= 0:
                 return False
             time.sleep(min(LOOK_S, rest))
-
-
-def _bodies(changes: Sequence[Change]) -> str:
-    names = ", ".join(repr(change.seed.name) for change in changes)
-    return f"the body at site {names} has" if len(changes) == 1 else f"the bodies at sites {names} have"

@@ -17,7 +17,8 @@ from torch import Tensor, distributed, nn
 from esper_fx import _torch, blueprints, ops
 from esper_fx._garbage import collecting_later
 from esper_fx.cache._background import ForkSafeLock
-from esper_fx.changes import Change, Changes
+from esper_fx.change_queue import Move
+from esper_fx.changes import Changes
 from esper_fx.checks import shortened, shown
 from esper_fx.engine.probes import Sampler, measure_eagerly
 from esper_fx.errors import BlueprintError, GerminationError
@@ -137,13 +138,12 @@ class Growth:
         _warn_of_other_processes()
         with self.lock, collecting_later():
             bodies = [self._build_body(order) for order in orders]
-            group = object()
             germinations, coming = [], []
             for order, body in zip(orders, bodies, strict=True):
                 target = Stage.INCUBATING if order.weights is None else Stage.ACTIVE
                 self._plant(order, body, target)
                 germinations.append(Germination(order.seed))
-                coming.append(Change(order.seed, germinations[-1], target, group=group))
+                coming.append(Move(order.seed, germinations[-1], target))
             self.changes.add(*coming)
         self.changes.count_host_time(time.perf_counter() - started)
         return germinations
@@ -221,9 +221,8 @@ class Growth:
         with self.lock, collecting_later():
             for seed in seeds:
                 check_transition(seed.name, seed.stage, Stage.EMBARGOED)
-            group = object()
             live = [seed for seed in seeds if self._embargo(seed, why, steps)]
-            self.changes.add(*[Change(seed, None, Stage.EMBARGOED, group=group) for seed in live])
+            self.changes.add(*[Move(seed, None, Stage.EMBARGOED) for seed in live])
         self.changes.count_host_time(time.perf_counter() - started)
 
     def fail(self, seed: KasminaSeed, error: BaseException) -> None:
@@ -234,7 +233,7 @@ class Growth:
             self.state.write(seed.index, alpha=0.0, gate=0.0, error_count=count + 1)
             self._move(seed, Stage.ERROR, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
             if self._embargo(seed, "quarantined after an error", settings().embargo_steps):
-                self.changes.add(Change(seed, None, Stage.EMBARGOED))
+                self.changes.add(Move(seed, None, Stage.EMBARGOED))
 
     def _embargo(self, seed: KasminaSeed, why: str, steps: int) -> bool:
         """Silence a seed and close its site; returns whether it has a live body, which must then go at a step boundary."""
@@ -281,21 +280,26 @@ class Growth:
 
     # What the changes and the operator call back.
 
-    def commit(self, change: Change) -> None:
-        """A change has come through the queue: make it so, or quarantine its seed if it has failed."""
-        seed = change.seed
-        if change.germination is None:
+    def commit(self, move: Move, error: BaseException | None) -> None:
+        """A move has come through the queue: make it so, or quarantine its seed if its kernels cannot be had.
+
+        Args:
+            move: It.
+            error: Why they cannot.
+        """
+        seed = move.seed
+        if move.germination is None:
             seed.live = False
             seed.set_body(None, None, {})
             self._release(self.clock)
-        elif change.error is not None:
-            self.fail(seed, change.error)
-            change.germination.settle(change.error)
+        elif error is not None:
+            self.fail(seed, error)
+            move.germination.settle(error)
         else:
             seed.live = True
             why = "its kernels are live" if self.changes.programs else "the model runs eagerly"
-            self._move(seed, change.target, why)
-            change.germination.settle()
+            self._move(seed, move.target, why)
+            move.germination.settle()
 
     def run_seed(self, site: int, x: Tensor, alpha: Tensor, gate: Tensor, source: Tensor | None = None) -> Tensor:
         """Run a seed eagerly, for a program that is not compiled."""

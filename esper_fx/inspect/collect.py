@@ -115,9 +115,9 @@ def _count_stages(seeds: tuple[SeedSummary, ...]) -> dict[str, int]:
 
 
 def _pending(growth: Growth) -> Iterator[PendingChange]:
-    for change in growth.changes.on_their_way():
-        what = "goes" if change.germination is None else "comes"
-        yield PendingChange(change.seed.name, what, change.target.name, change.ready, _reason(change.error))
+    for change, move in growth.changes.on_their_way():
+        what = "goes" if move.germination is None else "comes"
+        yield PendingChange(move.seed.name, what, move.target.name, change.ready, _reason(change.error))
 
 
 def _program(program: SizedProgram, growth: Growth) -> ProgramSummary:

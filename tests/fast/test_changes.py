@@ -247,7 +247,7 @@ def test_seeds_that_are_pruned_together_are_put_off_and_go_together(
 
 def test_while_a_prune_is_put_off_it_is_pending_and_other_changes_go_live(monkeypatch: pytest.MonkeyPatch) -> None:
     model, program = pruned_without_a_kernel(monkeypatch, pause=1000.0)
-    assert eventually(lambda: model.growth.changes._put_off)
+    assert eventually(lambda: model.growth.changes._queue.put_off)
     program.land("0", "1")
     assert model.seeds["1"].germinate("low_rank").wait(10)
     assert program.running == {"0", "1"}
@@ -258,7 +258,7 @@ def test_while_a_prune_is_put_off_it_is_pending_and_other_changes_go_live(monkey
 
 def test_a_prune_that_is_put_off_is_withdrawn_where_another_takes_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
     model, program = pruned_without_a_kernel(monkeypatch, pause=1000.0)
-    assert eventually(lambda: model.growth.changes._put_off)
+    assert eventually(lambda: model.growth.changes._queue.put_off)
     program.land()
     model.growth.fail(model.seeds["0"], RuntimeError("it broke"))
     assert model.settle(10)
