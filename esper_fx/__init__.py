@@ -32,13 +32,14 @@ from esper_fx.errors import (
     UnknownBlueprintError,
     UnknownSiteError,
 )
+from esper_fx.germination import Germination
 from esper_fx.growth import Morphology
 from esper_fx.lifecycle import GrowthEvent, Ledger, Stage
 from esper_fx.lineage import write_lineage
 from esper_fx.model import MorphableModel
 from esper_fx.morph import morph, wrap
 from esper_fx.optim import attach
-from esper_fx.seed import Germination, KasminaSeed
+from esper_fx.seed import KasminaSeed
 from esper_fx.settings import Settings, configure, settings
 from esper_fx.site import ConvolutionSpec, SiteSpec, SourceSpec
 from esper_fx.state import KasminaStateLayout

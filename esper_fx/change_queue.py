@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 
+from esper_fx.germination import Germination
 from esper_fx.lifecycle import Stage
-from esper_fx.seed import Germination, KasminaSeed
+from esper_fx.seed import KasminaSeed
 
 
 @dataclass(frozen=True, eq=False)

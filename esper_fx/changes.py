@@ -17,8 +17,9 @@ from esper_fx.change_queue import Change, ChangeQueue, Move
 from esper_fx.checks import real, shown
 from esper_fx.conductor import Conductor
 from esper_fx.errors import ArgumentError, GerminationError
+from esper_fx.germination import Germination
 from esper_fx.lifecycle import Stage
-from esper_fx.seed import Germination, KasminaSeed
+from esper_fx.seed import KasminaSeed
 
 if TYPE_CHECKING:
     from esper_fx.engine.executable import Prepared

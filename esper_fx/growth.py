@@ -22,8 +22,9 @@ from esper_fx.changes import Changes
 from esper_fx.checks import shortened, shown
 from esper_fx.engine.probes import Sampler, measure_eagerly
 from esper_fx.errors import BlueprintError, GerminationError
+from esper_fx.germination import Germination
 from esper_fx.lifecycle import GrowthEvent, Ledger, Stage, check_transition
-from esper_fx.seed import Germination, KasminaSeed
+from esper_fx.seed import KasminaSeed
 from esper_fx.settings import settings
 from esper_fx.site import SiteSpec
 from esper_fx.state import KasminaStateLayout

@@ -1,9 +1,8 @@
-"""KasminaSeed, the module spliced in at a site, and Germination, the future of its body going live."""
+"""KasminaSeed, the module spliced in at a site."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from esper_fx import _torch, blueprints, ops
-from esper_fx.checks import real, shown
+from esper_fx.checks import shown
 from esper_fx.errors import ArgumentError, SiteError
 from esper_fx.feature_dim import resolved
 from esper_fx.lifecycle import Stage
@@ -19,55 +18,9 @@ from esper_fx.site import ConvolutionSpec, SiteSpec, SourceSpec, convolution_spe
 
 if TYPE_CHECKING:
     from esper_fx.engine.bodies import Recorded
+    from esper_fx.germination import Germination
     from esper_fx.growth import Growth
     from esper_fx.passes.record import TensorMeta
-
-
-class Germination:
-    """What ``germinate`` returns: done when the seed's body is live, or when that has failed.
-
-    Awaitable: ``await germination`` returns the seed or raises the error.
-    """
-
-    def __init__(self, seed: KasminaSeed) -> None:
-        self.seed = seed
-        self._done = threading.Event()
-        self._error: BaseException | None = None
-
-    def done(self) -> bool:
-        """Whether the seed is live or has failed; never blocks."""
-        return self._done.is_set()
-
-    def wait(self, timeout: float | None = None) -> bool:
-        """Block until done; call it between steps. Returns False if ``timeout`` seconds passed first; 0 or less only looks.
-
-        On the thread that runs the model the switch is made here, without waiting for the next forward.
-
-        Raises:
-            ArgumentError: ``timeout`` is neither a number nor None.
-        """
-        return self.seed.growth.changes.wait_for(self, timeout)
-
-    def exception(self, timeout: float | None = 0.0) -> BaseException | None:
-        """Why the germination failed, or None if it has not (yet). With a ``timeout`` it waits first, as :meth:`wait` does."""
-        if real(timeout) != 0.0:
-            self.wait(timeout)
-        return self._error
-
-    def __await__(self) -> Generator[Any, None, KasminaSeed]:
-        yield from self.seed.growth.changes.wait_without_thread(self).__await__()
-        if self._error is not None:
-            raise self._error
-        return self.seed
-
-    def settle(self, error: BaseException | None = None) -> None:
-        """Mark as done; for the engine."""
-        self._error = error
-        self._done.set()
-
-    def __repr__(self) -> str:
-        state = "pending" if not self.done() else "live" if self._error is None else f"failed: {self._error}"
-        return f"Germination({self.seed.name!r}, {state})"
 
 
 class KasminaSeed(nn.Module):
