@@ -74,7 +74,7 @@ def demo(
 @app.command()
 def doctor() -> None:
     """Check this machine and say what to do about what is missing. Exits with 1 where something is broken."""
-    from esper_fx.doctor import diagnose, print_checks
+    from esper_fx.commands.doctor import diagnose, print_checks
 
     console = Console()
     raise typer.Exit(print_checks(console, diagnose()))
@@ -99,8 +99,8 @@ def build(
     On a machine with such a GPU they are then loaded instead of compiled. Exits with 1 where a kernel does not compile,
     uses more than the GPU has, or spills registers in a default configuration.
     """
+    from esper_fx.commands.kernel_build import run_build
     from esper_fx.errors import EsperError
-    from esper_fx.kernel_build import run_build
 
     console = Console()
     try:

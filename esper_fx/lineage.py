@@ -17,7 +17,7 @@ from esper_fx.checks import path_of
 from esper_fx.errors import ArgumentError, LineageError, MorphError
 from esper_fx.files import write_whole
 from esper_fx.lifecycle import GrowthEvent, Stage
-from esper_fx.original import original_kind
+from esper_fx.morphing.original import original_kind
 
 if TYPE_CHECKING:
     from esper_fx.growth import Growth

@@ -10,7 +10,7 @@ from esper_fx._torch import uncompiled
 from esper_fx.errors import EsperError, MorphError
 from esper_fx.growth import Growth, Morphology
 from esper_fx.lifecycle import Ledger
-from esper_fx.original import Footprint
+from esper_fx.morphing.original import Footprint
 from esper_fx.passes.pipeline import PassRecord
 from esper_fx.passes.trace_report import TraceReport
 from esper_fx.seed import KasminaSeed

@@ -12,18 +12,20 @@ from torch import nn
 
 from esper_fx._garbage import collecting_later
 from esper_fx._torch import in_transform
-from esper_fx.adoption import adopt, adopt_python, plain_base
-from esper_fx.branch import NAMESPACE, Branch
-from esper_fx.checkpoint import watch_loading
+from esper_fx.checkpoint.loading import watch_loading
 from esper_fx.checks import shown, whole
-from esper_fx.containers import goes_through_parts, items_of, on_parts
-from esper_fx.drafting import Scoping
 from esper_fx.errors import MorphError, SiteError
 from esper_fx.feature_dim import FeatureDim, feature_dims
 from esper_fx.growth import Growth
 from esper_fx.lineage import ATTRIBUTE, is_lineage
 from esper_fx.model import MorphableModel, taken_names
-from esper_fx.original import Original, Swap, additions, footprint, original_of
+from esper_fx.morphing.adoption import adopt, adopt_python, plain_base
+from esper_fx.morphing.branch import NAMESPACE, Branch
+from esper_fx.morphing.containers import goes_through_parts, items_of, on_parts
+from esper_fx.morphing.drafting import Scoping
+from esper_fx.morphing.original import Original, Swap, additions, footprint, original_of
+from esper_fx.morphing.rehearsal import Inputs, check_inputs, rehearse
+from esper_fx.morphing.replica import replica
 from esper_fx.passes.auto_sites import MAX_SITES, auto_sites
 from esper_fx.passes.find_sites import Sites, checked, no_match_message, unmatched
 from esper_fx.passes.flow import observe, of_graph
@@ -31,8 +33,6 @@ from esper_fx.passes.names import above, join
 from esper_fx.passes.pipeline import Draft
 from esper_fx.passes.trace import TraceError, trace
 from esper_fx.passes.trace_report import trace_report
-from esper_fx.rehearsal import Inputs, check_inputs, rehearse
-from esper_fx.replica import replica
 from esper_fx.seed import KasminaSeed
 from esper_fx.state import KasminaStateLayout
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from esper_fx.branch import NAMESPACE, mangled
 from esper_fx.checks import nearest, real, shown
 from esper_fx.errors import OptimizerError
+from esper_fx.morphing.branch import NAMESPACE, mangled
 from esper_fx.optimizer_state import add_names, match_names, match_what_was_loaded
 
 if TYPE_CHECKING:

@@ -10,15 +10,17 @@ from typing import Any
 from torch import fx, nn
 
 from esper_fx._torch import uncompiled
-from esper_fx.branch import NAMESPACE
 from esper_fx.errors import MorphError
-from esper_fx.fold import fold_all
 from esper_fx.lineage import ATTRIBUTE, SeedSnapshot, describe, snapshot
 from esper_fx.model import MorphableModel
+from esper_fx.morphing.branch import NAMESPACE
+from esper_fx.morphing.original import OWN_FORWARD, Swap, original_kind, take_back
+from esper_fx.morphing.replica import replica
+from esper_fx.morphing.scopes import Scope, scopes_of
 from esper_fx.ops import reads_source
-from esper_fx.original import OWN_FORWARD, Swap, original_kind, take_back
 from esper_fx.passes.names import join
-from esper_fx.plain import (
+from esper_fx.unmorphing.fold import fold_all
+from esper_fx.unmorphing.plain import (
     add_residual_hook,
     become_graph_module,
     make_plain,
@@ -27,8 +29,6 @@ from esper_fx.plain import (
     restore_class,
     set_attribute,
 )
-from esper_fx.replica import replica
-from esper_fx.scopes import Scope, scopes_of
 
 logger = logging.getLogger(__name__)
 

@@ -11,13 +11,13 @@ import torch
 from esper_fx import blueprints
 from esper_fx.adapters.checkpoint import Lora, read_checkpoint
 from esper_fx.adapters.match import match
-from esper_fx.branch import NAMESPACE
 from esper_fx.checks import path_of
 from esper_fx.errors import AdapterError, BlueprintError, LifecycleError
 from esper_fx.germination import Germination
 from esper_fx.growth import Order
 from esper_fx.lifecycle import Stage
 from esper_fx.model import MorphableModel
+from esper_fx.morphing.branch import NAMESPACE
 from esper_fx.seed import KasminaSeed
 
 

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from esper_fx.adapters.checkpoint import KEY_PREFIX, TENSOR_FILE, require_safetensors
 from esper_fx.adapters.config import CONFIG_FILE
-from esper_fx.branch import NAMESPACE
 from esper_fx.checks import names_of, path_of, shown
 from esper_fx.errors import AdapterError, AdapterFileError, SiteError
 from esper_fx.lifecycle import Stage
 from esper_fx.model import MorphableModel
+from esper_fx.morphing.branch import NAMESPACE
 from esper_fx.seed import KasminaSeed
 
 _NOT_THERE = (Stage.DORMANT, Stage.EMBARGOED, Stage.ERROR)

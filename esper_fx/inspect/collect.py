@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from esper_fx.branch import NAMESPACE
 from esper_fx.errors import InspectionError, SiteError
 from esper_fx.inspect.records import PendingChange, ProgramSummary, RegionSummary, SeedSummary, Summary
 from esper_fx.lifecycle import Stage
 from esper_fx.lineage import json_value
 from esper_fx.model import MorphableModel, morphed
-from esper_fx.original import original_kind
+from esper_fx.morphing.branch import NAMESPACE
+from esper_fx.morphing.original import original_kind
 from esper_fx.stats import engine_stats, programs_of
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from esper_fx.inspect.modules import add_modules, readable_depth
 from esper_fx.inspect.operations import add_operations, class_name, seed_attributes
 from esper_fx.inspect.records import SeedSummary
 from esper_fx.model import MorphableModel, morphed
-from esper_fx.original import original_kind
+from esper_fx.morphing.original import original_kind
 
 if TYPE_CHECKING:
     import networkx as nx

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx, nn
 
-from esper_fx.branch import NAMESPACE
 from esper_fx.inspect.records import SeedSummary
-from esper_fx.original import original_kind
+from esper_fx.morphing.branch import NAMESPACE
+from esper_fx.morphing.original import original_kind
+from esper_fx.morphing.scopes import is_seed
 from esper_fx.passes.functions import address
 from esper_fx.passes.names import join
-from esper_fx.scopes import is_seed
 
 if TYPE_CHECKING:
     import networkx as nx

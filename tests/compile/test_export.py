@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import esper_fx
-from esper_fx.plain import add_residual_hook
+from esper_fx.unmorphing.plain import add_residual_hook
 from tests.support import models
 from tests.support.growing import grow
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from esper_fx import cli, doctor
+from esper_fx import cli
+from esper_fx.commands import doctor
 from esper_fx.demo import plot, run
 from esper_fx.demo.task import DemoError
 from esper_fx.errors import KernelBuildError

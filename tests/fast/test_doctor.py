@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 import esper_fx
-from esper_fx import _torch, doctor, toolchain
-from esper_fx.doctor import Check, Status
+from esper_fx import _torch
+from esper_fx.commands import doctor, toolchain
+from esper_fx.commands.doctor import Check, Status
 
 
 def only(checks: Iterator[Check], name: str) -> Check:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import esper_fx
+from esper_fx.checkpoint.manifest import Manifest
 from esper_fx.errors import CheckpointError, SiteError
-from esper_fx.manifest import Manifest
 from tests.support.networks import assert_same
 
 

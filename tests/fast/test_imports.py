@@ -16,11 +16,9 @@ PACKAGE = ROOT / "esper_fx"
 LEAVES = (
     "esper_fx.adapters",
     "esper_fx.cli",
+    "esper_fx.commands",
     "esper_fx.demo",
-    "esper_fx.doctor",
     "esper_fx.inspect",
-    "esper_fx.kernel_build",
-    "esper_fx.toolchain",
 )
 FRONT_DOOR = "esper_fx"
 PRIVATE_TORCH_HOME = "esper_fx._torch"

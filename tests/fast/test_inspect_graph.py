@@ -18,7 +18,7 @@ import esper_fx
 from esper_fx import inspect
 from esper_fx.errors import InspectionError
 from esper_fx.inspect.modules import READABLE
-from esper_fx.scopes import is_seed
+from esper_fx.morphing.scopes import is_seed
 from tests.support.examples import examples
 from tests.support.growing import grow
 from tests.support.inspecting import ODD_NAMES, grown_transformer, odd, parts, small_transformer

@@ -15,7 +15,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import esper_fx
-from esper_fx import ArtifactStore, MissingDependencyError, TargetError, cli, doctor, kernel_build, prebuilt
+from esper_fx import ArtifactStore, MissingDependencyError, TargetError, cli, prebuilt
+from esper_fx.commands import doctor, kernel_build
 from esper_fx.kernels import launch
 from esper_fx.kernels.build import Built, Job, plan
 from esper_fx.kernels.build_cases import BuildCase

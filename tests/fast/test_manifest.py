@@ -10,9 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from esper_fx.checkpoint.manifest import FORMAT, BodyRecord, Manifest, decode, encode
 from esper_fx.errors import CheckpointError
 from esper_fx.lifecycle import GrowthEvent, Ledger, Stage
-from esper_fx.manifest import FORMAT, BodyRecord, Manifest, decode, encode
 from tests.support.examples import examples
 from tests.support.training import assert_same
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from esper_fx.replica import replica
+from esper_fx.morphing.replica import replica
 
 pytestmark = pytest.mark.fast
 

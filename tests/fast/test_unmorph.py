@@ -21,7 +21,7 @@ from esper_fx import blueprints
 from esper_fx.errors import MorphError
 from esper_fx.lifecycle import Stage
 from esper_fx.passes.trace_report import How
-from esper_fx.plain import add_residual_hook, make_plain
+from esper_fx.unmorphing.plain import add_residual_hook, make_plain
 from tests.fast.test_morph import CASES, Branching, Keywords, Tied, small_cnn, small_transformer
 from tests.support.examples import examples
 from tests.support.growing import (

@@ -12,8 +12,8 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import esper_fx
-from esper_fx.drafting import morph_pipeline
 from esper_fx.errors import SiteError
+from esper_fx.morphing.drafting import morph_pipeline
 from esper_fx.passes import serialize
 from esper_fx.passes.canonical import canonical
 from esper_fx.passes.check import check

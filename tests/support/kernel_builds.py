@@ -13,7 +13,7 @@ from itertools import groupby
 from pathlib import Path
 
 from esper_fx import ArtifactStore
-from esper_fx.kernel_build import build_kernels
+from esper_fx.commands.kernel_build import build_kernels
 from esper_fx.kernels.build_cases import BuildCase, build_cases
 
 

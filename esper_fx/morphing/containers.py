@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from esper_fx.branch import NAMESPACE
-from esper_fx.original import original_kind
+from esper_fx.morphing.branch import NAMESPACE
+from esper_fx.morphing.original import original_kind
 from esper_fx.passes.hazards import names_in_forward
 
 #: A forward that names one of these may go through all parts of its model.

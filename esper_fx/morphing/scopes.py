@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
-from esper_fx.branch import NAMESPACE
-from esper_fx.original import Original, Swap, original_of
+from esper_fx.morphing.branch import NAMESPACE
+from esper_fx.morphing.original import Original, Swap, original_of
 
 
 @dataclass

@@ -122,7 +122,8 @@ def check_torch() -> Iterator[Check]:
 
 def check_compiler() -> Iterator[Check]:
     """The C++ compiler that Inductor would use must build a program that runs, with OpenMP and Python's headers."""
-    from esper_fx import _torch, toolchain
+    from esper_fx import _torch
+    from esper_fx.commands import toolchain
 
     try:
         compiler = _torch.cpp_compiler()

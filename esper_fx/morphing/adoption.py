@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import fx, nn
 
-from esper_fx.branch import NAMESPACE, Branch, mangled
-from esper_fx.original import OWN_FORWARD, Original, Swap
+from esper_fx.morphing.branch import NAMESPACE, Branch, mangled
+from esper_fx.morphing.original import OWN_FORWARD, Original, Swap
 from esper_fx.passes.pipeline import Draft
 from esper_fx.site import is_linear_kind
 

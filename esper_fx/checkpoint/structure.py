@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from esper_fx import blueprints
-from esper_fx.branch import NAMESPACE, mangled
+from esper_fx.checkpoint.manifest import BodyRecord, Manifest, trainable
 from esper_fx.errors import BlueprintError, CheckpointError, SiteError
 from esper_fx.growth import body_seed
 from esper_fx.lifecycle import Stage
-from esper_fx.manifest import BodyRecord, Manifest, trainable
+from esper_fx.morphing.branch import NAMESPACE, mangled
 from esper_fx.state import FIELDS
 
 if TYPE_CHECKING:

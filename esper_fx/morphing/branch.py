@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from esper_fx.checkpoint.manifest import Manifest
 from esper_fx.errors import CheckpointError
-from esper_fx.manifest import Manifest
 
 if TYPE_CHECKING:
     from esper_fx.growth import Growth

@@ -10,14 +10,22 @@ from torch import Tensor, fx, nn
 
 from esper_fx._torch import storage_id
 from esper_fx.blueprints.low_rank import LowRank
-from esper_fx.branch import NAMESPACE
-from esper_fx.feature_map import CONVOLUTIONS, TRANSPOSED, Layer, NotFoldable, as_double, feature_axis, feature_map
 from esper_fx.lineage import SeedSnapshot
+from esper_fx.morphing.branch import NAMESPACE
+from esper_fx.morphing.original import original_kind
+from esper_fx.morphing.scopes import Scope, is_seed
 from esper_fx.ops import reads_source
-from esper_fx.original import original_kind
 from esper_fx.passes.names import join
 from esper_fx.passes.trace import has_own_call
-from esper_fx.scopes import Scope, is_seed
+from esper_fx.unmorphing.feature_map import (
+    CONVOLUTIONS,
+    TRANSPOSED,
+    Layer,
+    NotFoldable,
+    as_double,
+    feature_axis,
+    feature_map,
+)
 
 HOSTS: tuple[type[nn.Module], ...] = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED)
 """Layers that a body can be folded into: exactly these, because a class that derives from one may compute otherwise."""

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from esper_fx.branch import NAMESPACE, mangled
+from esper_fx.morphing.branch import NAMESPACE, mangled
 from esper_fx.passes.check import check
 from esper_fx.passes.find_sites import Sites, chosen, find_sites
 from esper_fx.passes.find_sources import find_sources

@@ -13,12 +13,12 @@ import torch
 from torch import nn
 
 from esper_fx import _torch, blueprints
-from esper_fx.branch import NAMESPACE, Branch, mangled
+from esper_fx.checkpoint.structure import ADVICE, MANIFEST, Structure, body_prefix, check_stages, read_structure
+from esper_fx.checkpoint.trial import hollow, rehearse
 from esper_fx.errors import CheckpointError
 from esper_fx.lifecycle import HAS_BODY
+from esper_fx.morphing.branch import NAMESPACE, Branch, mangled
 from esper_fx.state_fields import FIELDS, TELEMETRY
-from esper_fx.structure import ADVICE, MANIFEST, Structure, body_prefix, check_stages, read_structure
-from esper_fx.trial import hollow, rehearse
 
 if TYPE_CHECKING:
     from esper_fx.growth import Growth

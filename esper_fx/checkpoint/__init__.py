@@ -1,0 +1,1 @@
+"""Checkpoints of a morphed model: what they hold besides tensors, verified and restored before PyTorch copies any."""

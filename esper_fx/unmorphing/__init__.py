@@ -1,0 +1,1 @@
+"""How unmorph makes a model plain again: plain modules, and bodies folded into weights."""
