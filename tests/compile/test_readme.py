@@ -114,3 +114,27 @@ def test_the_example_of_adapters_swaps_them(tmp_path: Path, monkeypatch: pytest.
     torch.testing.assert_close(names["answer"], with_lora(net, adapters["questions"])(x), rtol=1e-5, atol=1e-5)
     assert names["model"].stats().recompiles == 0
     assert esper_fx.adapter_modules("copy") == ["0", "2"]
+
+
+def test_the_examples_of_looking_inside_and_measuring(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    net = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Tanh(), torch.nn.Linear(5, 1))
+    x = torch.randn(4, 3)
+    model = esper_fx.morph(net, sites="1", example_inputs=(x,))
+    names: dict[str, Any] = {"esper_fx": esper_fx, "model": model}
+    exec(next(example for example in EXAMPLES if "inspect.summary" in example), names)
+    assert "0 of 1 seeds live" in capsys.readouterr().out
+    assert Path("report.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+    assert Path("model.dot").exists()
+
+    watching, reading = next(example for example in EXAMPLES if "telemetry.watch" in example).split("for record")
+    exec(watching.replace("every=50", "every=1"), names)
+    model(x).sum().backward()
+    names["watch"].flush()
+    exec(f"for record{reading}", names)
+    site, deviation, *_ = capsys.readouterr().out.split()
+    assert site == "1"
+    assert float(deviation) > 0
+    assert Path("sites.jsonl").read_text(encoding="utf-8").startswith('{"site": "1"')
