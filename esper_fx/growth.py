@@ -314,7 +314,7 @@ class Growth:
         sampler = self.sampler
         if sampler is None or not sampler.sampling or _torch.may_be_repeated() or _torch.in_transform():
             return y
-        return measure_eagerly(sampler, site, x, y, self.by_index[site].site.feature_dim)
+        return measure_eagerly(sampler, site, x, y, self.by_index[site].sketched_dim(tuple(x.shape)))
 
     @property
     def morphology(self) -> Morphology:

@@ -183,6 +183,10 @@ class KasminaSeed(nn.Module):
             return self._spec.feature_dim
         return None if self._feature_dim is None else resolved(self._feature_dim, shape, self.name)
 
+    def sketched_dim(self, shape: tuple[int, ...]) -> int | None:
+        """Which dimension of a value of this shape a sensor takes for features; None: it has not those of the site."""
+        return None if self._spec is None or not self._spec.shape else self._spec.feature_dim_of(shape)
+
     def _natural_feature_dim(self, ndim: int) -> int:
         last = self._feature_last or (not self._channel_first and ndim <= 3)
         return ndim - 1 if last else 1

@@ -67,9 +67,13 @@ class SiteSpec:
 
     def has_features_of(self, shape: tuple[int, ...]) -> bool:
         """Whether a value of this shape has as many features; with other dimensions, the last one stays the last."""
+        return self.feature_dim_of(shape) is not None
+
+    def feature_dim_of(self, shape: tuple[int, ...]) -> int | None:
+        """Which dimension of a value of this shape holds the features; None where it has not as many of them."""
         last = self.feature_dim == self.ndim - 1
         dim = len(shape) - 1 if last else self.feature_dim
-        return 0 <= dim < len(shape) and shape[dim] == self.features
+        return dim if 0 <= dim < len(shape) and shape[dim] == self.features else None
 
     @property
     def ndim(self) -> int:

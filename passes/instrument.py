@@ -11,7 +11,7 @@ from esper_fx.ops.probe import site_gradient, site_sensor, site_values
 from esper_fx.passes.propagate import is_seed, seed_operands
 
 
-def instrument(template: fx.Graph, gradients: Sequence[bool], sensors: Sequence[int] = ()) -> fx.Graph:
+def instrument(template: fx.Graph, gradients: Sequence[bool], sensors: Sequence[int | None] = ()) -> fx.Graph:
     """Copy ``template`` with a probe at every seed.
 
     The copy has more placeholders, after the others: the leaf for what backward passes measure, and for each sensor one for
@@ -22,14 +22,18 @@ def instrument(template: fx.Graph, gradients: Sequence[bool], sensors: Sequence[
         template: A graph with at least one seed.
         gradients: For each seed whether the gradient at its site is measured too. Not where the value is changed in place
             later: autograd refuses that for what a probe hands through.
-        sensors: Nothing, or for each seed the dimension that holds features: where the gradient is measured, there is a sensor.
+        sensors: Nothing, or for each seed the dimension that holds features, or None: where there is one and the gradient is
+            measured, there is a sensor.
     """
     graph = fx.Graph()
     graph.output(graph.graph_copy(template, {}))
     nodes = list(graph.nodes)
     with graph.inserting_before(next(node for node in nodes if node.op != "placeholder")):
         leaf = graph.placeholder("probe")
-        sketches = [graph.placeholder(f"sketch{i}") if gradients[i] else None for i in range(len(sensors))]
+        sketches = [
+            graph.placeholder(f"sketch{i}") if gradients[i] and dim is not None else None
+            for i, dim in enumerate(sensors)
+        ]
     rows: list[fx.Node] = []
     for node in filter(is_seed, nodes):
         x, _ = seed_operands(node)
@@ -38,7 +42,7 @@ def instrument(template: fx.Graph, gradients: Sequence[bool], sensors: Sequence[
             rows.append(graph.call_function(site_values, (x, node)))
             if gradients[row]:
                 through = graph.call_function(site_gradient, (node, x, leaf, row))
-                if sensors:
+                if sensors and sensors[row] is not None:
                     through = graph.call_function(site_sensor, (through, x, sketches[row], sensors[row]))
                 for user in users:
                     user.replace_input_with(node, through)

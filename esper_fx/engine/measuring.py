@@ -41,7 +41,8 @@ class Measuring:
         if sampler is None or layout is None or not layout.plans or self._prepared_for(program, bodies) is not None:
             return []
         plan, assignment = layout.plans[-1], program.assignment(live)
-        probes = layout.probes(plan, sampler.directions, [seed.site.feature_dim for seed in program.seeds])
+        places = zip(program.seeds, layout.slots, strict=True)
+        probes = layout.probes(plan, sampler.directions, [seed.sketched_dim(slot.value.shape) for seed, slot in places])
         variants = layout.variants(plan, assignment, probes=probes) or []
         self._pins.replace(variants)
         missing = [variant for variant in variants if not program.has_kernel(variant)]

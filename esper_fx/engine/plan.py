@@ -170,18 +170,21 @@ class Layout:
             result.append(variant)
         return result
 
-    def probes(self, plan: Plan, directions: int, dims: Sequence[int]) -> list[Probes | None]:
+    def probes(self, plan: Plan, directions: int, dims: Sequence[int | None]) -> list[Probes | None]:
         """For each region of a plan probes at all its sites, or None where it has none.
 
         Args:
             plan: One of ``plans``.
             directions: How many directions sensors have; 0: there are none.
-            dims: For each slot the dimension that holds features.
+            dims: For each slot the dimension that holds features. None: it gets no sensor.
         """
         result: list[Probes | None] = []
         for region in plan.regions:
             slots = [self.slots[slot] for slot in region.slots]
-            features = [(self.slots[slot].value.shape[dims[slot]], dims[slot]) for slot in region.slots]
+            features = [
+                None if dim is None else (slot.value.shape[dim], dim)
+                for slot, dim in zip(slots, [dims[slot] for slot in region.slots], strict=True)
+            ]
             gradients = tuple(not slot.changed for slot in slots)
             result.append(Probes(slots[0].value.device, gradients, directions, tuple(features)) if slots else None)
         return result

@@ -22,28 +22,35 @@ class Probes:
         device: Where its sites are.
         gradients: For each of its seeds whether the gradient at its site is measured too.
         directions: How many directions the sensors have that sit where gradients are measured; 0: there are none.
-        features: For each of its seeds how many features there are at its site, and in which dimension.
+        features: For each of its seeds how many features there are at its site, and in which dimension. None: it gets no
+            sensor.
     """
 
     device: torch.device
     gradients: tuple[bool, ...]
     directions: int = 0
-    features: tuple[tuple[int, int], ...] = ()
+    features: tuple[tuple[int, int] | None, ...] = ()
 
     @property
     def rows(self) -> tuple[int, ...]:
         """Numbers of the seeds at whose sites the gradient is measured."""
         return tuple(row for row, measured in enumerate(self.gradients) if measured)
 
+    @property
+    def sensors(self) -> tuple[int, ...]:
+        """Numbers of the seeds at whose sites there is a sensor."""
+        return tuple(row for row in self.rows if self.directions and self.features[row] is not None)
+
     def into(self, template: fx.Graph) -> fx.Graph:
         """A copy of a region's template with these probes."""
-        return instrument(template, self.gradients, [dim for _, dim in self.features] if self.directions else ())
+        dims = [None if features is None else features[1] for features in self.features]
+        return instrument(template, self.gradients, dims if self.directions else ())
 
     def leaves(self, requires_grad: bool = False) -> tuple[TensorMeta, ...]:
         """What takes the gradients' measurements, then sketches; see :mod:`esper_fx.ops.probe`."""
         shapes = [(len(self.gradients), len(GRADIENTS), torch.float64)]
-        if self.directions:
-            shapes += [(self.directions, self.features[row][0], torch.float32) for row in self.rows]
+        counts = [features[0] for features in map(self.features.__getitem__, self.sensors) if features is not None]
+        shapes += [(self.directions, count, torch.float32) for count in counts]
         return tuple(TensorMeta((n, m), (m, 1), dtype, self.device, requires_grad) for n, m, dtype in shapes)
 
 
@@ -56,13 +63,15 @@ class Taken:
         values: Float64 ``[len(seeds), len(VALUES)]``.
         leaf: Its gradient, float64 ``[len(seeds), len(GRADIENTS)]``, comes with the backward pass; None where none comes.
         rows: Which rows of that gradient are measured.
-        sketches: For each of these rows, where there are sensors, a leaf whose gradient is the sketch, float32 ``[k, d]``.
+        sensors: For which rows there is a sensor.
+        sketches: For each of these a leaf whose gradient is the sketch, float32 ``[k, d]``.
     """
 
     seeds: tuple[int, ...]
     values: Tensor
     leaf: Tensor | None = None
     rows: tuple[int, ...] = ()
+    sensors: tuple[int, ...] = ()
     sketches: tuple[Tensor, ...] = ()
 
     @property
@@ -115,7 +124,7 @@ class ProbedKernel:
         sampler: Sampler,
     ) -> None:
         self._kernel = kernel
-        self._rows = probes.rows
+        self._rows, self._sensors = probes.rows, probes.sensors
         self._leaves = tuple(leaves)
         self._place = place
         self._seeds = tuple(seeds)
@@ -126,7 +135,7 @@ class ProbedKernel:
         leaves = [_zeros(meta) for meta in self._leaves]
         *results, measured = self._kernel(*values[: self._place], *leaves, *values[self._place :])
         if leaves[0].requires_grad:
-            self._sampler.take(Taken(self._seeds, measured, leaves[0], self._rows, tuple(leaves[1:])))
+            self._sampler.take(Taken(self._seeds, measured, leaves[0], self._rows, self._sensors, tuple(leaves[1:])))
         else:
             self._sampler.take(Taken(self._seeds, measured))
         return results
@@ -136,7 +145,7 @@ def _zeros(meta: TensorMeta) -> Tensor:
     return torch.zeros(meta.shape, dtype=meta.dtype, device=meta.device).requires_grad_(meta.requires_grad)
 
 
-def measure_eagerly(sampler: Sampler, seed: int, x: Tensor, y: Tensor, dim: int) -> Tensor:
+def measure_eagerly(sampler: Sampler, seed: int, x: Tensor, y: Tensor, dim: int | None) -> Tensor:
     """Measure at one site that no region holds; returns what the model goes on with instead of ``y``.
 
     The gradient is not measured where the value is changed in place later.
@@ -146,13 +155,13 @@ def measure_eagerly(sampler: Sampler, seed: int, x: Tensor, y: Tensor, dim: int)
         seed: The seed, by its place in the state arrays.
         x: The value before it.
         y: The value after it.
-        dim: The dimension that holds features.
+        dim: The dimension that holds features. None: there is no sensor.
     """
     values = site_values(x, y).unsqueeze(0)
     if not (y.requires_grad and torch.is_grad_enabled()):
         sampler.take(Taken((seed,), values))
         return y
-    probes = Probes(y.device, (True,), sampler.directions, ((x.shape[dim], dim),))
+    probes = Probes(y.device, (True,), sampler.directions, (None if dim is None else (x.shape[dim], dim),))
     leaf, *sketches = map(_zeros, probes.leaves())
     before, after = x.detach(), y.detach()
     versions = before._version, after._version
@@ -162,11 +171,12 @@ def measure_eagerly(sampler: Sampler, seed: int, x: Tensor, y: Tensor, dim: int)
             with torch.no_grad():
                 _add(leaf, gradient_row(gradient, before, after).unsqueeze(0))
                 for item in sketches:
-                    _add(item, sketch(before, gradient, sampler.directions, dim))
+                    assert dim is not None
+                    _add(item, sketch(before, gradient, item.shape[0], dim))
 
     through = y.view_as(y)  # users of the seed, and not those of the value before it
     through.register_hook(measure)
-    sampler.take(Taken((seed,), values, leaf, (0,), tuple(sketches)))
+    sampler.take(Taken((seed,), values, leaf, (0,), probes.sensors, tuple(sketches)))
     return through
 
 

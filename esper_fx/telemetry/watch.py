@@ -223,7 +223,7 @@ class Watch:
         """Smooth the sketches; returns the sum of squares of each, float64 ``[n]``, NaN where there is none."""
         fresh: dict[int, Tensor] = {}
         for part in taken:
-            for row, leaf in zip(part.rows, part.sketches, strict=False):
+            for row, leaf in zip(part.sensors, part.sketches, strict=True):
                 if leaf.grad is not None:
                     seed = part.seeds[row]
                     fresh[seed] = leaf.grad if seed not in fresh else fresh[seed] + leaf.grad

@@ -119,7 +119,7 @@ def test_probes_of_every_plan_measure_what_flows_and_change_nothing(
             rows |= {} if table is None else {part.seeds[row]: table[row] for row in part.rows}
             assert len(part.sketches) == (len(part.rows) if directions else 0)
             sketches |= {
-                part.seeds[row]: by_leaf[id(leaf)] for row, leaf in zip(part.rows, part.sketches, strict=False)
+                part.seeds[row]: by_leaf[id(leaf)] for row, leaf in zip(part.sensors, part.sketches, strict=True)
             }
         for site, gradient in host.gradients.items():
             expected_row = gradient_of(gradient, *host.values[site])

@@ -260,6 +260,58 @@ def test_sketches_of_several_steps_and_visits_add_up_before_they_are_squared() -
     assert run.record().potential == pytest.approx(expected.square().sum().item(), rel=1e-5)
 
 
+def test_values_of_other_dimensions_or_features_are_measured_without_a_sketch_of_them() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wide, self.narrow, self.activation = nn.Linear(4, 8), nn.Linear(8, 5), nn.Tanh()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.activation(self.narrow(self.activation(self.wide(x))))
+            return y
+
+    x = torch.randn(2, 3, 4)
+    net = Shared()
+    model = esper_fx.morph(net, sites="activation", example_inputs=(x,))
+    expected = omega(0, 8, 3).float().t() @ map_gradient_of(net, x[0])
+    with telemetry.watch(model, every=1, directions=3) as watch:
+        model(x[0]).sum().backward()
+        watch.flush()
+        sketch = watch.sketch("activation")
+    (record,) = telemetry.records(model)
+    assert record.samples == 1
+    assert record.grad_absmax == 1.0
+    assert sketch is not None
+    torch.testing.assert_close(sketch, expected)
+
+
+def map_gradient_of(net: Any, x: Tensor) -> Tensor:
+    """xᵀg after the first activation, by hand."""
+    h = net.activation(net.wide(x)).detach().requires_grad_()
+    (g,) = torch.autograd.grad(net.activation(net.narrow(h)).sum(), h)
+    return h.detach().t() @ g
+
+
+def test_a_value_without_dimensions_is_measured() -> None:
+    class Loss(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.loss = nn.Linear(4, 1), nn.MSELoss()
+
+        def forward(self, x: Tensor) -> Tensor:
+            loss: Tensor = self.loss(self.layer(x), torch.zeros(2, 1))
+            return loss
+
+    model = esper_fx.morph(Loss(), sites="loss", example_inputs=(torch.randn(2, 4),))
+    with telemetry.watch(model, every=1, directions=2):
+        loss = model(torch.randn(2, 4))
+        loss.backward()
+    (record,) = telemetry.records(model)
+    assert record.value_mean == pytest.approx(loss.item())
+    assert record.grad_rms == 1.0
+    assert math.isnan(record.potential)
+
+
 def test_a_sketch_of_no_site_is_refused() -> None:
     run = Run()
     with telemetry.watch(run.model) as watch:
