@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from esper_fx.engine.plan import Assignment, Constant, Place, Plan
 from esper_fx.engine.region import Variant
-from esper_fx.engine.strides import differing, restrided
+from esper_fx.engine.strides import copied, differing, restrided
 from esper_fx.passes.record import BodyGraph, TensorMeta
 
 if TYPE_CHECKING:
@@ -28,13 +28,21 @@ class Executable:
         kernels: For each of its regions the kernel.
         seeds: For each slot of the program its seed, or None where that is dormant.
         assignment: For each slot what its body was recorded as.
+        own: Positions of the outputs that are copied where they need gradients, because a kernel has saved their memory
+            for its backward pass, and the caller may change them in place before that.
     """
 
     def __init__(
-        self, plan: Plan, kernels: Sequence[Any], seeds: Sequence[KasminaSeed | None], assignment: Assignment
+        self,
+        plan: Plan,
+        kernels: Sequence[Any],
+        seeds: Sequence[KasminaSeed | None],
+        assignment: Assignment,
+        own: Sequence[int] = (),
     ) -> None:
         self._places = plan.places
         self._outputs = plan.outputs
+        self._own = tuple(own)
         slots = [[slot for slot in region.slots if seeds[slot] is not None] for region in plan.regions]
         self._steps = [
             (kernel, region, tuple(_given(seeds[slot], assignment[slot]) for slot in inside))
@@ -72,10 +80,14 @@ class Executable:
                 environment[place] = result
             for place in region.frees:
                 environment[place] = None
-        return tuple(
+        outputs = [
             environment[item.index] if type(item) is Place else item.value if type(item) is Constant else item
             for item in self._outputs
-        )
+        ]
+        for position in self._own:
+            if outputs[position].requires_grad:
+                outputs[position] = copied(outputs[position])
+        return tuple(outputs)
 
 
 class StaleError(Exception):

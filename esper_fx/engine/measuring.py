@@ -58,7 +58,7 @@ class Measuring:
                 place = len(region.inputs)
                 kernels[number] = ProbedKernel(kernels[number], own, variant.leaves, place, sites, sampler)
         seeds = [seed if seed in live else None for seed in program.seeds]
-        executable = Executable(plan, kernels, seeds, assignment)
+        executable = Executable(plan, kernels, seeds, assignment, layout.shown)
         self._prepared = sampler, Prepared(plan.name, bodies, tuple(variants), executable, complete=True)
         return []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -33,7 +34,8 @@ class Slot:
         site: Its row in the state arrays.
         value: The value at its site.
         training: The mode.
-        changed: Whether that value is changed in place after the seed.
+        changed: Whether that value is changed in place after the seed, or may be by whoever the program hands its memory to
+            more than once.
         source: Input of the module whose output that value is, where that is known.
     """
 
@@ -74,6 +76,7 @@ class Layout:
         slots: For each seed in the graph, in order, where it sits.
         input_grads: For each input of the program whether it needs a gradient.
         changed_inputs: Positions of the inputs that the program changes in place.
+        shown: Positions of the outputs that share memory with the value at a site; the caller may change that in place.
     """
 
     def __init__(self, module: fx.GraphModule, args: Sequence[Any], ambient: Ambient, *, blocks: bool) -> None:
@@ -90,6 +93,9 @@ class Layout:
         changed = set[int]().union(*effects.mutations.values())
         self.changed_inputs = tuple(i for i, value in enumerate(inputs) if _storage(value) in changed)
         self.slots = _slots(graph, effects)
+        unchanged = zip(filter(is_seed, graph.nodes), self.slots, strict=True)
+        memory = {_storage_of(node) for node, slot in unchanged if not slot.changed}
+        self.shown = tuple(i for i, item in enumerate(_results(graph)) if _storage_of(item) in memory - {None})
         flow = partition.analyse(graph, effects)
         self.plans = [self._plan("whole", partition.whole(flow), flow, ambient)] if flow.nodes else []
         if blocks and self.slots:
@@ -208,8 +214,24 @@ def _storage(value: Any) -> int | None:
     return storage_id(value) if isinstance(value, Tensor) else None
 
 
+def _storage_of(item: Any) -> int | None:
+    return _storage(item.meta.get("example_value")) if isinstance(item, fx.Node) else None
+
+
+def _results(graph: fx.Graph) -> Sequence[Any]:
+    results: Sequence[Any] = next(iter(reversed(graph.nodes))).args[0]
+    return results
+
+
+def _handed_out_more_than_once(graph: fx.Graph) -> set[int]:
+    """The memory that the caller gets with several outputs, or has given as an input and gets with an output."""
+    times = Counter(_storage_of(item) for item in _results(graph))
+    times.update({_storage_of(node) for node in graph.nodes if node.op == "placeholder"} & times.keys())
+    return {storage for storage, number in times.items() if storage is not None and number > 1}
+
+
 def _slots(graph: fx.Graph, effects: Effects) -> tuple[Slot, ...]:
-    later: set[int] = set()
+    later = _handed_out_more_than_once(graph)
     slots = []
     for node in reversed(graph.nodes):
         if is_seed(node):

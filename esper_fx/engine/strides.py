@@ -24,6 +24,12 @@ def differing(values: Sequence[Tensor], strides: Sequence[tuple[int, ...]]) -> t
     )
 
 
+def copied(value: Tensor) -> Tensor:
+    """A copy with the same strides; gradients flow through it."""
+    copy = value.clone()
+    return copy if copy.stride() == value.stride() else restrided(value, value.stride())
+
+
 def restrided(value: Tensor, strides: Sequence[int]) -> Tensor:
     """A copy with these strides; gradients flow through it."""
     # A dimension along which nothing moves in memory holds one element, shown many times.

@@ -26,7 +26,7 @@ from esper_fx.ops.sensor import omega
 from esper_fx.ops.site_stats import reference
 from esper_fx.state_fields import MEASURED
 from esper_fx.telemetry.smoothing import merge_values, smoothed
-from tests.support.growing import grow
+from tests.support.growing import grow, randomize
 
 Step = Callable[[], Tensor]
 
@@ -412,6 +412,31 @@ def test_a_layer_that_works_in_place_after_a_site_trains_on() -> None:
     (record,) = telemetry.records(model)
     assert record.value_mean == pytest.approx(net[0](x).mean().item(), rel=1e-5)
     assert math.isnan(record.grad_rms)
+
+
+@pytest.mark.parametrize("seed", [None, "affine"])
+def test_an_output_that_the_caller_changes_in_place_is_measured_as_it_was(seed: str | None) -> None:
+    torch._dynamo.reset()
+    x = torch.randn(4, 3).double()
+    net = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)).double()
+    model = esper_fx.morph(net, sites="2", example_inputs=(x,))
+    with esper_fx.configure(workers=0):
+        compiled = torch.compile(model, backend="esper")
+        compiled(x)
+        if seed is not None:
+            assert model.seeds["2"].germinate(seed, alpha=0.5).wait(60)
+            randomize(model.seeds["2"].body)  # type: ignore[arg-type]
+        with telemetry.watch(model, every=1, directions=2):
+            assert model.settle(60)
+            output = compiled(x)
+            before = output.detach().clone()
+            output.mul_(2).square().sum().backward()
+    (record,) = telemetry.records(model)
+    g, value = 8 * before, net(x).detach()
+    assert record.grad_value == pytest.approx((g * value).sum().item())
+    assert record.grad_absmax == pytest.approx(g.abs().max().item())
+    if seed is not None:
+        assert record.health == pytest.approx(-(g * (before - value)).sum().item())
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -70,7 +70,7 @@ def run_plan(
         if own is not None and sampler is not None:
             sites = [layout.slots[slot].site for slot in region.slots]
             kernels[i] = ProbedKernel(kernels[i], own, variant.leaves, len(region.inputs), sites, sampler)
-    return Executable(plan, kernels, seeds, recorded)(args)
+    return Executable(plan, kernels, seeds, recorded, () if probes is None else layout.shown)(args)
 
 
 def what_is_read(slot: Slot, body: Scale) -> TensorMeta:
