@@ -77,6 +77,8 @@ class Changes:
         if program.epochs[handle] == self._epoch:
             self._epoch += 1
             self.begin_step()
+        elif (sampler := self._growth.sampler) is not None:
+            sampler.join_step(self._growth.clock)
         program.epochs[handle] = self._epoch
 
     def begin_step(self) -> None:
@@ -88,8 +90,9 @@ class Changes:
         attachment = self._growth.attachment
         if attachment is None or attachment.optimizer is None:
             self._growth.tick()
-        if self._growth.sampler is not None:
-            self._growth.sampler.begin_step(self._growth.clock)
+        sampler = self._growth.sampler  # read once: another thread may close it
+        if sampler is not None:
+            sampler.begin_step(self._growth.clock)
         self._host += time.perf_counter() - started
 
     def begin_eager_forward(self) -> None:

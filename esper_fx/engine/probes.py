@@ -98,6 +98,9 @@ class Sampler(Protocol):
             clock: Training steps seen.
         """
 
+    def join_step(self, clock: int) -> None:
+        """Another program of the model runs: a part of the step under way, or what comes after it, such as an evaluation."""
+
     def take(self, taken: Taken) -> None:
         """Keep what a region has measured."""
 

@@ -68,7 +68,8 @@ class Program:
 
     def _sampling(self) -> bool:
         """Whether this call is to be measured."""
-        if all(growth.sampler is None or not growth.sampler.sampling for growth in self.growths):
+        samplers = [growth.sampler for growth in self.growths]  # read once: another thread may close them
+        if not any(sampler is not None and sampler.sampling for sampler in samplers):
             return False
         return not _torch.may_be_repeated()
 

@@ -85,6 +85,7 @@ class Watch:
         self._subscribers: list[Subscriber] = []
         self._taken: list[Taken] = []
         self._clock = -1  # of what was taken
+        self._step: tuple[int, bool] | None = None  # clock when the step under way began, and whether with gradients
         self._unsaid = False
         self._sketches: dict[int, Tensor] = {}
         self._tensors: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
@@ -157,6 +158,7 @@ class Watch:
     def begin_step(self, clock: int) -> None:
         """A step begins: what the last measured one has brought is taken in once its backward pass is over."""
         growth = self._growth()
+        self._step = clock, torch.is_grad_enabled()
         due = clock % self.every == 0 and clock != self._clock
         if growth is not None and growth.attachment is not None:
             due = due and torch.is_grad_enabled()  # an evaluation takes the place of no training step
@@ -165,6 +167,12 @@ class Watch:
         self.sampling = due
         if self._unsaid:
             self._tell()
+
+    def join_step(self, clock: int) -> None:
+        """A program that has not run in the step under way: that is another one if the optimizer has made a step meanwhile,
+        or if it was an evaluation and this is not."""
+        if self._step is None or self._step[0] != clock or (torch.is_grad_enabled() and not self._step[1]):
+            self.begin_step(clock)
 
     def take(self, taken: Taken) -> None:
         """Keep what a region has measured until its backward pass is over."""

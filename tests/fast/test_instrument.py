@@ -34,6 +34,8 @@ class Keeper:
 
     def begin_step(self, clock: int) -> None: ...
 
+    def join_step(self, clock: int) -> None: ...
+
     def take(self, taken: Taken) -> None:
         assert taken.values.dtype == torch.float64
         self.values |= dict(zip(taken.seeds, taken.values, strict=True))

@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 import esper_fx
 from esper_fx import telemetry
+from esper_fx.engine.probes import Taken
 from esper_fx.errors import TelemetryError, UnknownSiteError
 from esper_fx.ops.probe import VALUES
 from esper_fx.ops.sensor import omega
@@ -380,6 +382,33 @@ def test_a_forward_pass_without_a_backward_pass_tells_of_values_only() -> None:
     assert run.record().samples == 2
     assert math.isnan(run.record().grad_rms)
     assert not math.isnan(run.record().value_std)
+
+
+def test_programs_of_evaluations_and_of_training_are_steps_of_their_own() -> None:
+    run = Run()
+    changes, growth = run.model.growth.changes, run.model.growth
+    training, evaluating, second = (SimpleNamespace(epochs={growth.handle: -1}) for _ in range(3))
+    sampled: list[tuple[int, bool]] = []
+
+    def call(program: Any) -> None:
+        changes.enter(program)
+        if run.model.growth.sampler.sampling:  # type: ignore[union-attr]
+            run.model.growth.sampler.take(Taken((0,), torch.ones(1, len(VALUES)).double()))  # type: ignore[union-attr]
+            sampled.append((run.model.clock, program is evaluating))
+
+    with telemetry.watch(run.model, every=2):
+        for _ in range(5):
+            call(training)
+            assert sampled[-1] == (run.model.clock // 2 * 2, False)
+            measured = len(sampled)
+            call(second)  # after a break of the graph
+            assert len(sampled) == measured + (run.model.clock % 2 == 0)
+            run.optimizer.step()
+            with torch.no_grad():
+                for _ in range(3):
+                    call(evaluating)
+    assert {clock for clock, _ in sampled} == {0, 2, 4}
+    assert not any(evaluation for _, evaluation in sampled)
 
 
 # Nothing else changes.
