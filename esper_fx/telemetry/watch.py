@@ -128,7 +128,8 @@ class Watch:
             UnknownSiteError: The model has no such site.
         """
         growth = self._growth()
-        return None if growth is None else self._sketches.get(Seeds(growth.seeds)[site].index)
+        sketch = None if growth is None else self._sketches.get(Seeds(growth.seeds)[site].index)
+        return sketch if sketch is not None and bool(torch.isfinite(sketch).all()) else None
 
     def flush(self) -> None:
         """Take in the last measured step now; call it between steps, after the last one for example."""
@@ -202,7 +203,8 @@ class Watch:
                 subscriber(records_of(growth))
             except Exception:
                 logger.exception("a subscriber to telemetry failed; it is called no more")
-                self._subscribers.remove(subscriber)
+                if subscriber in self._subscribers:  # it may have ended that itself
+                    self._subscribers.remove(subscriber)
 
     def _write(self, growth: Growth, taken: list[Taken]) -> None:
         state, n = growth.state, growth.state.n_seeds
@@ -239,8 +241,9 @@ class Watch:
             before = self._sketches.get(seed)
             if before is None or before.shape != sketch.shape:
                 before = sketch
-            finite = torch.isfinite(sketch).all()
-            self._sketches[seed] = torch.where(finite, torch.lerp(sketch, before, self.decay), before)
+            known, finite = torch.isfinite(before).all(), torch.isfinite(sketch).all()  # the first may have overflowed
+            smooth = torch.where(known, torch.lerp(sketch, before, self.decay), sketch)
+            self._sketches[seed] = torch.where(finite, smooth, before)
         potential = torch.full((n,), torch.nan, dtype=torch.float64)
         if fresh:
             norms = torch.stack([torch.linalg.vector_norm(self._sketches[seed]) for seed in fresh])

@@ -314,6 +314,22 @@ def test_a_value_without_dimensions_is_measured() -> None:
     assert math.isnan(record.potential)
 
 
+def test_a_first_step_whose_gradients_overflow_spoils_no_sketch() -> None:
+    run = Run()
+    with telemetry.watch(run.model, every=1, directions=3) as watch:
+        (run.loss() * math.inf).backward()
+        watch.flush()
+        assert watch.sketch("3") is None
+        run.model.growth.tick()
+        expected = omega(0, 8, 3).t() @ map_gradient(run, 3)
+        run.step()
+        watch.flush()
+        sketch = watch.sketch("3")
+    assert sketch is not None
+    torch.testing.assert_close(sketch, expected.float())
+    assert run.record().potential == pytest.approx(expected.square().sum().item(), rel=1e-5)
+
+
 def test_a_sketch_of_no_site_is_refused() -> None:
     run = Run()
     with telemetry.watch(run.model) as watch:
@@ -578,6 +594,21 @@ def test_a_subscriber_that_fails_is_called_no_more(caplog: pytest.LogCaptureFixt
         end()
         run.step()
     assert len(calls) == 3
+
+
+def test_a_subscriber_may_end_its_subscription_and_fail() -> None:
+    run, calls = Run(), []
+
+    def last(records: list[telemetry.SiteRecord]) -> None:
+        calls.append(records)
+        end()
+        raise ValueError("no space left")
+
+    with telemetry.watch(run.model, every=1) as watch:
+        end = watch.subscribe(last)
+        for _ in range(3):
+            run.step()
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize(
