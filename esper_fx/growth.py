@@ -238,7 +238,8 @@ class Growth:
 
     def _embargo(self, seed: KasminaSeed, why: str, steps: int) -> bool:
         """Silence a seed and close its site; returns whether it has a live body, which must then go at a step boundary."""
-        self.state.write(seed.index, alpha=0.0, gate=0.0, embargo_until=self.clock + steps)
+        until = self.clock + steps
+        self.state.write(seed.index, alpha=0.0, gate=0.0, embargo_until=until, health=math.nan, change=math.nan)
         self._move(seed, Stage.EMBARGOED, why)
         if self.attachment is not None:
             self.attachment.leave(seed)
@@ -298,6 +299,7 @@ class Growth:
             move.germination.settle(error)
         else:
             seed.live = True
+            self.state.write(seed.index, health=math.nan, change=math.nan)  # measured while it was the identity
             why = "its kernels are live" if self.changes.programs else "the model runs eagerly"
             self._move(seed, move.target, why)
             move.germination.settle()
@@ -312,7 +314,7 @@ class Growth:
     def measured(self, site: int, x: Tensor, y: Tensor) -> Tensor:
         """What an eager seed returns for ``y``: that, measured where this step is to be."""
         sampler = self.sampler
-        if sampler is None or not sampler.sampling or _torch.may_be_repeated() or _torch.in_transform():
+        if sampler is None or not sampler.sampling or y.is_meta or _torch.may_be_repeated() or _torch.in_transform():
             return y
         return measure_eagerly(sampler, site, x, y, self.by_index[site].sketched_dim(tuple(x.shape)))
 

@@ -104,6 +104,9 @@ class Sampler(Protocol):
     def take(self, taken: Taken) -> None:
         """Keep what a region has measured."""
 
+    def forget(self) -> None:
+        """The model is another one now: what was measured and not taken in yet says nothing of it."""
+
 
 class ProbedKernel:
     """A kernel of a region with probes, as one of the region: it hands on what is measured.

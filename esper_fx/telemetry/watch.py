@@ -9,13 +9,15 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from esper_fx.checks import real, shown, whole
 from esper_fx.errors import TelemetryError
+from esper_fx.lifecycle import Stage
 from esper_fx.ops.probe import GRADIENTS
 from esper_fx.ops.sensor import MAX_DIRECTIONS
 from esper_fx.seeds import Seeds
+from esper_fx.state_fields import MEASURED
 from esper_fx.telemetry.records import SiteRecord, records_of
 from esper_fx.telemetry.smoothing import measurements, merge_gradients, merge_values, smoothed
 
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from esper_fx.engine.probes import Taken
     from esper_fx.growth import Growth
     from esper_fx.model import MorphableModel
+    from esper_fx.seed import KasminaSeed
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +87,7 @@ class Watch:
         self._growth = weakref.ref(growth)
         self._subscribers: list[Subscriber] = []
         self._taken: list[Taken] = []
+        self._bodies: dict[int, weakref.ref[nn.Module] | None] = {}  # of the seeds in what was taken
         self._clock = -1  # of what was taken
         self._step: tuple[int, bool] | None = None  # clock when the step under way began, and whether with gradients
         self._unsaid = False
@@ -181,14 +185,23 @@ class Watch:
         if growth is not None:
             self._clock = growth.clock
             self._taken.append(taken)
+            for index in taken.seeds:
+                self._bodies.setdefault(index, _working_body(growth.by_index[index]))
+
+    def forget(self) -> None:
+        """The model is another one now: what was taken and not taken in yet says nothing of it, nor do the sketches."""
+        self._taken, self._bodies, self._clock = [], {}, -1
+        self._sketches.clear()
 
     def _take_in(self) -> None:
         taken, self._taken = self._taken, []
+        bodies, self._bodies = self._bodies, {}
         growth = self._growth()
         if growth is None:
             return
         with torch.no_grad():
-            self._write(growth, taken)
+            changed = [i for i, body in bodies.items() if body is not _working_body(growth.by_index[i])]
+            self._write(growth, taken, changed)
         self._unsaid = True
         self._tell()
 
@@ -206,7 +219,8 @@ class Watch:
                 if subscriber in self._subscribers:  # it may have ended that itself
                     self._subscribers.remove(subscriber)
 
-    def _write(self, growth: Growth, taken: list[Taken]) -> None:
+    def _write(self, growth: Growth, taken: list[Taken], changed: list[int]) -> None:
+        """Put it into the state arrays; of the seeds ``changed``, which have other bodies by now, nothing that is of a body."""
         state, n = growth.state, growth.state.n_seeds
         device = state.step.device
         seeds = torch.cat([self._numbers(part.seeds, device) for part in taken])
@@ -223,6 +237,8 @@ class Watch:
             has_gradient.index_fill_(0, torch.cat(places), True)
         potential = self._sum_up_sketches(taken, n)
         table = measurements(values, gradients, has_gradient, potential.to(device))
+        for field in ("health", "change") if changed else ():
+            table[MEASURED.index(field)].index_fill_(0, torch.tensor(changed, device=device), torch.nan)
         sampled = values.new_zeros(n, dtype=torch.bool).index_fill_(0, seeds, True)
         fields: dict[str, Any] = dict(smoothed(dict(state.named_buffers()), table, self.decay))
         fields["samples"] = state.samples + sampled
@@ -257,3 +273,9 @@ class Watch:
         if (numbers, device) not in self._tensors:
             self._tensors[numbers, device] = torch.tensor(numbers, device=device)
         return self._tensors[numbers, device]
+
+
+def _working_body(seed: KasminaSeed) -> weakref.ref[nn.Module] | None:
+    """The body that takes part in the computation and is not silenced; its reference is the same while it lives."""
+    body = seed.body if seed.live and seed.stage is not Stage.EMBARGOED else None
+    return None if body is None else weakref.ref(body)

@@ -36,6 +36,8 @@ class Keeper:
 
     def join_step(self, clock: int) -> None: ...
 
+    def forget(self) -> None: ...
+
     def take(self, taken: Taken) -> None:
         assert taken.values.dtype == torch.float64
         self.values |= dict(zip(taken.seeds, taken.values, strict=True))

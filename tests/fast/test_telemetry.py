@@ -523,6 +523,58 @@ def test_a_body_that_is_new_has_no_health_yet() -> None:
     assert not math.isnan(run.record().value_std)
 
 
+def test_what_was_measured_of_a_body_goes_with_it() -> None:
+    run = Run()
+    seed = grow(run.model, "3", "bottleneck", width=3, alpha=0.5)
+    with telemetry.watch(run.model, every=1, decay=0.5) as watch:
+        run.step()
+        run.step()
+        assert seed.health != 0
+        with esper_fx.configure(embargo_steps=0):
+            seed.prune()
+        assert math.isnan(seed.health)
+        watch.flush()  # of a step with the body
+        assert run.record().samples == 2
+        assert math.isnan(seed.health)
+        run.step()
+        run.step()
+        assert math.isnan(seed.health)
+        assert run.record().change == 0.0
+        run.step()
+        grow(run.model, "3", "affine", alpha=0.5)
+        watch.flush()  # of a step without one
+        assert math.isnan(run.record().change)
+        expected = by_hand(run)
+        run.step()
+        watch.flush()
+    assert run.record().change == pytest.approx(expected["change"])
+    assert seed.health == pytest.approx(expected["health"])
+
+
+def test_what_was_measured_before_a_checkpoint_was_loaded_is_forgotten() -> None:
+    run = Run()
+    saved = copy.deepcopy(run.model.state_dict())
+    with telemetry.watch(run.model, every=1, directions=2) as watch:
+        run.step()
+        run.step()
+        run.model.load_state_dict(saved)
+        assert run.record().samples == 0
+        assert watch.sketch("3") is None
+        expected = by_hand(run)
+        run.step()
+    assert (run.record().samples, run.record().sampled_at) == (1, 0)
+    assert run.record().grad_rms == pytest.approx(expected["grad_rms"])
+
+
+def test_a_model_without_data_runs_unmeasured() -> None:
+    with torch.device("meta"):
+        net = nn.Sequential(nn.Linear(3, 3), nn.Tanh())
+    model = esper_fx.morph(net, sites="0")
+    with telemetry.watch(model, every=1):
+        for _ in range(3):
+            assert model(torch.empty(2, 3, device="meta")).shape == (2, 3)
+
+
 def test_what_was_measured_is_saved_and_copied() -> None:
     run = Run()
     with telemetry.watch(run.model, every=1):
