@@ -37,8 +37,17 @@ class Measuring:
         Returns:
             The variants that still lack a kernel, each with a ``future`` or an ``error``.
         """
-        sampler, layout, bodies = _sampler(program), program.layout, program.bodies(live)
-        if sampler is None or layout is None or not layout.plans or self._prepared_for(program, bodies) is not None:
+        sampler = _sampler(program)
+        if sampler is None:
+            return []
+        missing = self._prepare(program, live, sampler)
+        if _sampler(program) is not sampler:  # closed meanwhile, perhaps before there was this to drop
+            self.drop()
+        return missing
+
+    def _prepare(self, program: SizedProgram, live: set[KasminaSeed], sampler: Sampler) -> list[Variant]:
+        layout, bodies = program.layout, program.bodies(live)
+        if layout is None or not layout.plans or self._prepared_for(program, bodies) is not None:
             return []
         plan, assignment = layout.plans[-1], program.assignment(live)
         places = zip(program.seeds, layout.slots, strict=True)

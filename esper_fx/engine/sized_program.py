@@ -103,10 +103,12 @@ class SizedProgram:
         """Run with bodies whose tensors are of other kinds now: eagerly, unless or until there are kernels for them."""
         live = {seed for seed in self.seeds if seed.live}
         self._running = self._made = None
-        if not self.activate(live):
+        switched = self.activate(live)
+        if not switched:
             self.active, self.plan = self._run_eagerly, "eager"
             self._pins.replace([])
-            for growth in self.growths:
+        for growth in self.growths:
+            if not switched or growth.sampler is not None:  # what measures does not fit either
                 growth.changes.kick()
         return self.active(args)
 

@@ -618,6 +618,48 @@ def test_closing_takes_in_the_last_step_and_ends_it() -> None:
     telemetry.watch(run.model).close()
 
 
+def test_a_watch_that_is_closed_while_kernels_are_prepared_leaves_none_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    run = Run()
+    with esper_fx.configure(workers=0):
+        torch.compile(run.model, backend="esper")(run.x)
+        (program,) = run.model.growth.changes.programs
+        watch = telemetry.watch(run.model)
+        assert run.model.settle(60)
+        assert program.measuring.executable(program) is not None
+        program.measuring.drop()
+        kernel = program.kernel
+
+        def closing(variant: Any) -> Any:
+            watch.close()
+            return kernel(variant)
+
+        monkeypatch.setattr(program, "kernel", closing)
+        program.measuring.prepare(program, set())
+    assert program.measuring._prepared is None
+    assert program.measuring._pins.variants == []
+
+
+def test_a_body_whose_parameters_are_frozen_and_freed_is_measured_on() -> None:
+    torch._dynamo.reset()
+    run = Run()
+    seed = run.model.seeds["3"]
+    with esper_fx.configure(workers=0):
+        compiled = torch.compile(run.model, backend="esper")
+        compiled(run.x)
+        assert seed.germinate("affine").wait(60)
+        assert seed.body is not None
+        with telemetry.watch(run.model, every=1):
+            for trains in (True, False, True):
+                seed.body.requires_grad_(trains)
+                samples = run.record().samples
+                for _ in range(4):
+                    compiled(run.x).sum().backward()
+                    run.optimizer.step()
+                    assert run.model.settle(60)
+                assert run.record().samples >= samples + 2
+
+
 def test_without_subscribers_flush_makes_the_last_step_known() -> None:
     run = Run()
     watch = telemetry.watch(run.model, every=1)
