@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx
 
-from esper_fx.ops.probe import GRADIENTS, gradient_row, site_gradient, site_values, sketch
+from esper_fx.ops.probe import GRADIENTS, gradient_row, same, site_gradient, site_values, sketch
 from esper_fx.passes.instrument import instrument
 from esper_fx.passes.record import TensorMeta
 
@@ -180,7 +180,7 @@ def measure_eagerly(sampler: Sampler, seed: int, x: Tensor, y: Tensor, dim: int 
                     assert dim is not None
                     _add(item, sketch(before, gradient, item.shape[0], dim))
 
-    through = y.view_as(y)  # users of the seed, and not those of the value before it
+    through = same(y)  # users of the seed, and not those of the value before it
     through.register_hook(measure)
     sampler.take(Taken((seed,), values, leaf, (0,), probes.sensors, tuple(sketches)))
     return through

@@ -66,12 +66,18 @@ def site_sensor(y: Tensor, x: Tensor, leaf: Tensor, dim: int) -> Tensor:
     return result
 
 
+def same(y: Tensor) -> Tensor:
+    """Another tensor with the memory of ``y`` and its strides, which `view_as` changes where a dimension is of size 1."""
+    alias: Tensor = torch.ops.aten.alias(y)
+    return alias
+
+
 class _Sense(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, leaf: Tensor, dim: int) -> Tensor:
         ctx.save_for_backward(x)
         ctx.directions, ctx.dim = leaf.shape[0], dim
-        return y.view_as(y)
+        return same(y)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, Tensor, None]:
@@ -89,7 +95,7 @@ class _Measure(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, place: Tensor) -> Tensor:
         ctx.save_for_backward(x, y)
-        return y.view_as(y)
+        return same(y)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, Tensor]:

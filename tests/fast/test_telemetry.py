@@ -444,6 +444,16 @@ def test_training_is_the_same_to_the_bit(grown: bool) -> None:
         assert torch.equal(mine, theirs)
 
 
+def test_the_memory_format_of_a_single_map_stays() -> None:
+    x = torch.randn(1, 3, 6, 6).to(memory_format=torch.channels_last)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3)).to(memory_format=torch.channels_last)
+    model = esper_fx.morph(net, sites="0", example_inputs=(x,))
+    with telemetry.watch(model, every=1):
+        output = model(x)
+    assert telemetry.records(model)[0].samples == 1
+    assert output.stride() == net(x).stride()
+
+
 def test_a_layer_that_works_in_place_after_a_site_trains_on() -> None:
     x = torch.randn(4, 3)
     net = nn.Sequential(nn.Linear(3, 3), nn.ReLU(inplace=True), nn.Linear(3, 3))
