@@ -145,8 +145,8 @@ def _restore(growth: Growth, structure: Structure) -> None:
     manifest = structure.manifest
     with growth.lock:
         growth.changes.abandon("a checkpoint was loaded before it was live")
-        if growth.sampler is not None:
-            growth.sampler.forget()
+        if (sampler := growth.sampler) is not None:
+            sampler.forget()
         growth.model_seed = manifest.model_seed
         growth.clock = manifest.clock
         growth.ledger = manifest.ledger
