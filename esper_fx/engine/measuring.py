@@ -65,7 +65,9 @@ class Measuring:
             if own is not None:
                 sites = [layout.slots[slot].site for slot in region.slots]
                 place = len(region.inputs)
-                kernels[number] = ProbedKernel(kernels[number], own, variant.leaves, place, sites, sampler)
+                kernels[number] = ProbedKernel(
+                    kernels[number], own, variant.leaves, variant.rows, place, sites, sampler
+                )
         seeds = [seed if seed in live else None for seed in program.seeds]
         executable = Executable(plan, kernels, seeds, assignment, layout.shown)
         self._prepared = sampler, Prepared(plan.name, bodies, tuple(variants), executable, complete=True)

@@ -115,6 +115,7 @@ class ProbedKernel:
         kernel: It.
         probes: The probes.
         leaves: What it takes for them.
+        rows: Numbers of the seeds at whose sites gradients flow.
         place: Where among its inputs, which are the region's own before and the bodies' tensors after.
         seeds: For each site of the region its seed, by its place in the state arrays.
         sampler: Takes what is measured.
@@ -125,12 +126,13 @@ class ProbedKernel:
         kernel: Any,
         probes: Probes,
         leaves: Sequence[TensorMeta],
+        rows: Sequence[int],
         place: int,
         seeds: Sequence[int],
         sampler: Sampler,
     ) -> None:
         self._kernel = kernel
-        self._rows, self._sensors = probes.rows, probes.sensors
+        self._rows, self._sensors = tuple(rows), probes.sensors
         self._leaves = tuple(leaves)
         self._place = place
         self._seeds = tuple(seeds)
@@ -190,8 +192,7 @@ def _add(leaf: Tensor, gradient: Tensor) -> None:
     leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
 
 
-def measures_gradients(graph: fx.Graph) -> bool:
-    """Whether a probe of an annotated graph sits where gradients flow."""
-    return any(
-        node.target is site_gradient and node.args[0].meta["example_value"].requires_grad for node in graph.nodes
-    )
+def rows_with_gradients(graph: fx.Graph) -> tuple[int, ...]:
+    """The rows of the probes of an annotated graph that sit where gradients flow."""
+    probes = (node for node in graph.nodes if node.target is site_gradient)
+    return tuple(node.args[3] for node in probes if node.args[0].meta["example_value"].requires_grad)

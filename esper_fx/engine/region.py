@@ -19,7 +19,7 @@ from esper_fx.cache._background import ForkSafeLock, register_after_fork
 from esper_fx.engine import build
 from esper_fx.engine.annotate import annotate
 from esper_fx.engine.build import Ambient
-from esper_fx.engine.probes import Probes, measures_gradients
+from esper_fx.engine.probes import Probes, rows_with_gradients
 from esper_fx.passes.canonical import canonical, digest
 from esper_fx.passes.record import BodyGraph, TensorMeta
 from esper_fx.passes.specialize import specialize
@@ -41,6 +41,7 @@ class Variant:
         inputs: What the graph's placeholders are.
         output_grads: For each output of the region whether it needs a gradient.
         leaves: The inputs that take what probes measure of gradients, where it has probes; see :mod:`esper_fx.ops.probe`.
+        rows: Which of its sites' gradients they measure.
         error: Why it has no kernel, where that is known.
         future: Done when the kernel that was asked for is in the cache, or the error is known. It holds no kernel: that
             is left to the cache, and to what runs it.
@@ -68,7 +69,8 @@ class Variant:
         with self.ambient.on_this_thread():
             self.inputs = (*inputs, *self.leaves, *tensors)
             outputs = annotate(self.module, self.inputs)
-            if probes is not None and measures_gradients(graph):
+            self.rows = () if probes is None else rows_with_gradients(graph)
+            if probes is not None and self.rows:
                 self.leaves = probes.leaves(requires_grad=True)
                 self.inputs = (*inputs, *self.leaves, *tensors)
                 outputs = annotate(self.module, self.inputs)

@@ -330,6 +330,21 @@ def test_a_first_step_whose_gradients_overflow_spoils_no_sketch() -> None:
     assert run.record().potential == pytest.approx(expected.square().sum().item(), rel=1e-5)
 
 
+def test_where_no_gradient_flows_none_is_told_beside_one_that_flows() -> None:
+    torch._dynamo.reset()
+    run = Run()
+    run.net[0].requires_grad_(False)
+    with esper_fx.configure(workers=0, blocks=False):
+        compiled = torch.compile(run.model, backend="esper")
+        compiled(run.x)
+        with telemetry.watch(run.model, every=1, directions=2):
+            assert run.model.settle(60)
+            compiled(run.x).sum().backward()
+    assert run.record("3").grad_rms > 0
+    assert run.record("1").samples == 1
+    assert math.isnan(run.record("1").grad_rms)
+
+
 def test_a_sketch_of_no_site_is_refused() -> None:
     run = Run()
     with telemetry.watch(run.model) as watch:

@@ -69,7 +69,7 @@ def run_plan(
         own = None if probes is None else probes[i]
         if own is not None and sampler is not None:
             sites = [layout.slots[slot].site for slot in region.slots]
-            kernels[i] = ProbedKernel(kernels[i], own, variant.leaves, len(region.inputs), sites, sampler)
+            kernels[i] = ProbedKernel(kernels[i], own, variant.leaves, variant.rows, len(region.inputs), sites, sampler)
     return Executable(plan, kernels, seeds, recorded, () if probes is None else layout.shown)(args)
 
 
