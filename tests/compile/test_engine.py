@@ -319,13 +319,13 @@ def test_a_killed_worker_is_replaced_and_the_change_goes_live() -> None:
 def test_without_a_compiler_the_model_runs_eagerly_and_grows(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from esper_fx.engine import build, program
+    from esper_fx.engine import build, sized_program
 
     def no_compiler(*_: Any, **__: Any) -> Any:
         raise RuntimeError("no C++ compiler")
 
     monkeypatch.setattr(build._torch, "compile_graph", no_compiler)
-    monkeypatch.setattr(program, "_warned", set())
+    monkeypatch.setattr(sized_program, "_warned", set())
     example = models.transformer(vocabulary=32, width=8, depth=2, heads=2, tokens=4, batch=1)
     model = esper_fx.morph(example.model, sites="blocks.*", example_inputs=example.inputs)
     fast = torch.compile(model, backend="esper")
