@@ -25,9 +25,8 @@ class SiteRecord:
         alpha: The factor on what the body returns.
         samples: How many steps were measured.
         sampled_at: Clock of the last of them, or -1.
-        health: First-order estimate of how much the loss would rise without the seed's body, in units of what was differentiated (a
-            scaled loss, with a GradScaler):
-            minus the sum of g (y - x), the criterion of Molchanov et al. (2017) with its sign kept.
+        health: First-order estimate of how much the loss would rise without the seed's body: minus the sum of g (y - x), the
+            criterion of Molchanov et al. (2017) with its sign kept. In units of what was differentiated, such as a scaled loss.
             NaN for a seed that changes nothing.
         value_mean: Mean of x.
         value_std: Standard deviation of x.
