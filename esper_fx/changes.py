@@ -316,29 +316,44 @@ class Changes:
 
     def _improve(self, program: SizedProgram, live: set[KasminaSeed]) -> list[Future[Any]]:
         """Get all plans for the morphology of now ready; the next boundary switches to a better one."""
-        try:
-            missing = program.request(self._all_of(program, live), urgent=False, retry=False)
-        except Exception as error:
-            self._warn_once(f"a program runs on as it is: a better plan could not be prepared: {error}")
-            return []
-        for variant in missing:
-            if variant.error is not None:
-                self._warn_once(f"a program runs on as it is: a plan that may be better has no kernel: {variant.error}")
+        everyone = self._all_of(program, live)
+        waiting = self._without_need(
+            lambda: program.request(everyone, urgent=False, retry=False),
+            unprepared="a program runs on as it is: a better plan could not be prepared",
+            unbuilt="a program runs on as it is: a plan that may be better has no kernel",
+        )
         with self._lock:
-            if live == self._live() and program.has_better(self._all_of(program, live)):
+            if waiting is not None and live == self._live() and program.has_better(everyone):
                 self._boundary_work = True
-        return [variant.future for variant in missing if variant.future is not None and variant.error is None]
+        return waiting or []
 
     def _prepare_probes(self, program: SizedProgram, live: set[KasminaSeed]) -> list[Future[Any]]:
         """Get ready what measures; where that fails, nothing is measured."""
+        waiting = self._without_need(
+            lambda: program.measuring.prepare(program, live),
+            unprepared="a program is not measured: its probes could not be prepared",
+            unbuilt="a program is not measured: with probes it has no kernel",
+        )
+        return waiting or []
+
+    def _without_need(
+        self, ask: Callable[[], list[Variant]], *, unprepared: str, unbuilt: str
+    ) -> list[Future[Any]] | None:
+        """Ask for kernels that training can do without; returns what to wait for, None where they could not be asked for.
+
+        Args:
+            ask: Asks, and returns the variants that lack a kernel.
+            unprepared: The warning where it fails, without the reason.
+            unbuilt: The warning where one of them cannot be had.
+        """
         try:
-            missing = program.measuring.prepare(program, live)
+            missing = ask()
         except Exception as error:
-            self._warn_once(f"a program is not measured: its probes could not be prepared: {error}")
-            return []
+            self._warn_once(f"{unprepared}: {error}")
+            return None
         for variant in missing:
             if variant.error is not None:
-                self._warn_once(f"a program is not measured: with probes it has no kernel: {variant.error}")
+                self._warn_once(f"{unbuilt}: {variant.error}")
         return [variant.future for variant in missing if variant.future is not None and variant.error is None]
 
     def _warn_once(self, message: str) -> None:

@@ -39,6 +39,9 @@ def watch(model: MorphableModel, *, every: int = 50, decay: float = 0.9, directi
     are ready, and the other steps run without probes. What is measured is in ``seed.health`` and in what
     :func:`esper_fx.telemetry.records` returns, from the step after the measured one.
 
+    Not measured: steps of a model compiled with another backend than "esper", forward passes that may be repeated in the
+    backward pass (checkpointing), and programs that hold several morphed models.
+
     Args:
         model: A morphed model, or what `torch.compile` has made of one.
         every: Training steps from one that is measured to the next, 1 or more.

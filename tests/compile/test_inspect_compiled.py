@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+import contextlib
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import esper_fx
 from esper_fx import inspect
 from esper_fx.lifecycle import Stage
-from tests.support.inspecting import footprint
+from tests.support.inspecting import footprint, looked_at
 
 SITES = ("1", "2")
 
@@ -87,17 +87,11 @@ def _train(model: esper_fx.MorphableModel, *, watched: bool) -> tuple[list[Tenso
     esper_fx.attach(optimizer, model)
     results: list[Tensor] = []
     seen: list[inspect.Summary] = []
-    problems: list[BaseException] = []
-    over = threading.Event()
 
-    def watch() -> None:
-        try:
-            while not over.is_set():
-                seen.append(inspect.summary(fast))
-                inspect.report(fast)
-                inspect.to_json(inspect.graph(fast, detail="operations"))
-        except BaseException as problem:
-            problems.append(problem)
+    def look() -> None:
+        seen.append(inspect.summary(fast))
+        inspect.report(fast)
+        inspect.to_json(inspect.graph(fast, detail="operations"))
 
     def steps(number: int) -> None:
         for _ in range(number):
@@ -107,28 +101,21 @@ def _train(model: esper_fx.MorphableModel, *, watched: bool) -> tuple[list[Tenso
             optimizer.step()
             results.append(loss.detach().clone())
 
-    thread = threading.Thread(target=watch)
-    if watched:
-        thread.start()
-    try:
-        with esper_fx.configure(embargo_steps=0):
-            steps(5)
-            for site in SITES:
-                seed = model.seeds[site]
-                assert seed.germinate("affine").wait(300)
-                assert model.settle(300)
-                steps(5)
-                seed.blend(to=1.0, steps=3)
-                steps(10)
-                assert seed.stage is Stage.ACTIVE
-            model.seeds["1"].prune()
-            steps(1)
+    looking = looked_at(look) if watched else contextlib.nullcontext([])
+    with looking as problems, esper_fx.configure(embargo_steps=0):
+        steps(5)
+        for site in SITES:
+            seed = model.seeds[site]
+            assert seed.germinate("affine").wait(300)
             assert model.settle(300)
             steps(5)
-    finally:
-        over.set()
-        if watched:
-            thread.join()
+            seed.blend(to=1.0, steps=3)
+            steps(10)
+            assert seed.stage is Stage.ACTIVE
+        model.seeds["1"].prune()
+        steps(1)
+        assert model.settle(300)
+        steps(5)
     assert problems == []
     assert model.stats().recompiles == 0
     return [*results, *(parameter.detach().clone() for parameter in model.parameters())], seen

@@ -23,7 +23,7 @@ from esper_fx.inspect.names import shortened, visible, width
 from esper_fx.inspect.text import COLUMNS
 from esper_fx.lifecycle import HAS_BODY, Stage
 from tests.support.growing import grow
-from tests.support.inspecting import ODD_NAMES, footprint, grown_transformer, odd, parts, small_transformer
+from tests.support.inspecting import ODD_NAMES, footprint, grown_transformer, looked_at, odd, parts, small_transformer
 from tests.support.models import Transformer
 from tests.support.standin import StandIn
 from tests.support.zoo import KINDS
@@ -318,20 +318,8 @@ def _try(lock: Any) -> bool:
 def test_a_model_in_training_is_seen_between_transitions_only() -> None:
     """No picture is of half a transition: who has a body has a blueprint, and who sleeps has neither."""
     model = esper_fx.morph(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), sites="1", example_inputs=(torch.ones(2, 4),))
-    with esper_fx.configure(embargo_steps=0):
-        seen: list[inspect.Summary] = []
-        problems: list[BaseException] = []
-        over = threading.Event()
-
-        def watch() -> None:
-            try:
-                while not over.is_set():
-                    seen.append(inspect.summary(model))
-            except BaseException as problem:
-                problems.append(problem)
-
-        thread = threading.Thread(target=watch)
-        thread.start()
+    seen: list[inspect.Summary] = []
+    with esper_fx.configure(embargo_steps=0), looked_at(lambda: seen.append(inspect.summary(model))) as problems:
         rounds = 0
         while rounds < 50 or len(seen) < 50:
             seed = model.seeds["1"]
@@ -342,8 +330,6 @@ def test_a_model_in_training_is_seen_between_transitions_only() -> None:
             rounds += 1
             if problems:
                 break
-        over.set()
-        thread.join()
     assert problems == []
     assert rounds >= 50
     for now in seen:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -91,3 +94,25 @@ def footprint(model: esper_fx.MorphableModel) -> dict[str, Any]:
         "random": torch.get_rng_state().tolist(),
         "grad mode": torch.is_grad_enabled(),
     }
+
+
+@contextlib.contextmanager
+def looked_at(look: Callable[[], object]) -> Iterator[list[BaseException]]:
+    """Look again and again from another thread for the length of a block; yields what went wrong, which ends the looking."""
+    problems: list[BaseException] = []
+    over = threading.Event()
+
+    def watch() -> None:
+        try:
+            while not over.is_set():
+                look()
+        except BaseException as problem:
+            problems.append(problem)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield problems
+    finally:
+        over.set()
+        thread.join()
