@@ -32,12 +32,14 @@ class Artifact:
         libraries: C++ libraries that it calls, by their path in Inductor's cache folder.
         hidden: What launches within operators will compile.
         code: The Python that PyTorch has generated for it, compiled.
+        guards: What has to be true of its integer inputs for it to be right, where sizes vary; None where they are fixed.
     """
 
     serialized: bytes
     libraries: dict[str, bytes] = field(default_factory=dict)
     hidden: list[HiddenLaunch] = field(default_factory=list)
     code: Code = field(default_factory=dict)
+    guards: tuple[str, ...] | None = None
 
 
 def pack(artifact: Artifact) -> bytes:
@@ -46,6 +48,8 @@ def pack(artifact: Artifact) -> bytes:
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         archive.writestr("artifact", artifact.serialized)
         archive.writestr("launches", json.dumps([dataclasses.asdict(launch) for launch in artifact.hidden]))
+        if artifact.guards is not None:
+            archive.writestr("guards", json.dumps(artifact.guards))
         archive.writestr(_CODE, marshal.dumps(artifact.code))
         for name, content in artifact.libraries.items():
             archive.writestr(f"library/{name}", content)
@@ -61,6 +65,7 @@ def unpack(data: bytes) -> Artifact:
             {name.removeprefix("library/"): archive.read(name) for name in names},
             [HiddenLaunch(**each) for each in json.loads(archive.read("launches"))],
             marshal.loads(archive.read(_CODE)) if _CODE in archive.namelist() else {},
+            tuple(json.loads(archive.read("guards"))) if "guards" in archive.namelist() else None,
         )
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from esper_fx.engine.bodies import Recorded
     from esper_fx.germination import Germination
     from esper_fx.growth import Growth
-    from esper_fx.passes.record import TensorMeta
+    from esper_fx.passes.metas import TensorMeta
 
 
 class KasminaSeed(nn.Module):

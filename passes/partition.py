@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from esper_fx._torch import SET_GRAD_ENABLED, pytree, storage_id
+from esper_fx.passes.carry_sizes import SIZE
 from esper_fx.passes.propagate import Effects, is_seed, level_change, seed_operands
 
 #: A region smaller than this many operations is merged with a neighbour.
@@ -25,7 +26,7 @@ class Flow:
     """A graph's operations in order and the values that are live between them.
 
     Attributes:
-        nodes: The operations: neither placeholders, nor constants, nor the output.
+        nodes: The operations: neither placeholders, nor constants, nor the output, nor what computes sizes.
         live: For each position, the values defined before it and used at or after it; position i lies before ``nodes[i]``.
         legal: For each position, whether a cut there keeps the meaning.
     """
@@ -44,7 +45,7 @@ def analyse(graph: fx.Graph, effects: Effects) -> Flow:
     transform of torch.func, and between the last operation that reads a seed's source and that seed: the source would have to
     cross for the sake of a seed that is dormant most of the time.
     """
-    nodes = tuple(node for node in graph.nodes if node.op not in ("placeholder", "get_attr", "output"))
+    nodes = tuple(n for n in graph.nodes if n.op not in ("placeholder", "get_attr", "output") and SIZE not in n.meta)
     position = {node: i for i, node in enumerate(nodes)}
     last_use = {node: max((position.get(user, len(nodes)) for user in node.users), default=-1) for node in nodes}
     changed_at: dict[int, int] = {}

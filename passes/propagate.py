@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -82,33 +81,3 @@ def level_change(node: fx.Node) -> int:
     if name.endswith("_increment_nesting") or name == "_enter_dual_level":
         return 1
     return -1 if name.endswith("_decrement_nesting") or name == "_exit_dual_level" else 0
-
-
-def freeze_numbers(graph: fx.Graph) -> bool:
-    """Replace every annotated node whose value is a plain number by that number; returns whether any was.
-
-    A graph traced with symbolic sizes becomes one for the sizes it was annotated with.
-    """
-    numbers = [
-        node
-        for node in graph.nodes
-        if node.op not in ("placeholder", "output")
-        and not level_change(node)
-        and isinstance(node.meta.get("example_value"), int | float | torch.Size)
-    ]
-    placeholders = [
-        n for n in graph.nodes if n.op == "placeholder" and isinstance(n.meta.get("example_value"), int | float)
-    ]
-    for node in (*numbers, *placeholders):
-        value = node.meta["example_value"]
-        replace = partial(_replaced, node, tuple(value) if isinstance(value, torch.Size) else value)
-        for user in list(node.users):
-            user.args = fx.map_arg(user.args, replace)
-            user.kwargs = fx.map_arg(user.kwargs, replace)
-    for node in reversed(numbers):
-        graph.erase_node(node)
-    return bool(numbers or any(not n.users for n in placeholders))
-
-
-def _replaced(node: fx.Node, constant: Any, other: fx.Node) -> Any:
-    return constant if other is node else other

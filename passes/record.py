@@ -8,11 +8,12 @@ function mode and writes down every PyTorch function that is called.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.proxy import GraphAppendingTracer
 from torch.overrides import TorchFunctionMode
 
 from esper_fx._torch import SET_GRAD_ENABLED, FakeTensorMode, pytree
@@ -20,32 +21,7 @@ from esper_fx.errors import BlueprintError
 from esper_fx.ops import reads_source
 from esper_fx.passes.canonical import canonical, digest
 from esper_fx.passes.functions import tensor_methods
-
-
-@dataclass(frozen=True)
-class TensorMeta:
-    """What compilation reads of a tensor: shape, stride, dtype, device and whether it needs a gradient."""
-
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-    requires_grad: bool
-
-    @classmethod
-    def of(cls, tensor: Tensor, requires_grad: bool | None = None) -> TensorMeta:
-        """Read it off a tensor, real or fake."""
-        grad = tensor.requires_grad if requires_grad is None else requires_grad
-        return cls(tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype, tensor.device, grad)
-
-    def empty(self) -> Tensor:
-        """A new tensor of this kind with undefined values; under a fake mode it is fake."""
-        tensor = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
-        return tensor.requires_grad_(self.requires_grad)
-
-    def describe(self) -> list[Any]:
-        """A JSON value, for keys."""
-        return [list(self.shape), list(self.stride), str(self.dtype), str(self.device), self.requires_grad]
+from esper_fx.passes.metas import Size, Symbols, TensorMeta, evaluate
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +35,7 @@ class BodyGraph:
         output: What the graph returns.
         identity: Digest of the graph and of all tensors' descriptions; equal for bodies that compile to the same code.
         reads_source: Whether the input is the source of the site's value instead of the value itself.
+        guards: What has to be true of the names of the input's sizes for the graph to be what the module does.
     """
 
     graph: fx.Graph
@@ -67,6 +44,7 @@ class BodyGraph:
     output: TensorMeta
     identity: str
     reads_source: bool = False
+    guards: tuple[str, ...] = ()
 
 
 def record(module: nn.Module, x: TensorMeta, *, training: bool) -> BodyGraph:
@@ -86,11 +64,12 @@ def record(module: nn.Module, x: TensorMeta, *, training: bool) -> BodyGraph:
     metas = tensor_metas(module)
     graph = fx.Graph()
     try:
-        with torch.inference_mode(False), torch.enable_grad(), FakeTensorMode() as mode:
+        symbols = Symbols(x.names, beside_real=False)
+        with torch.inference_mode(False), torch.enable_grad(), symbols.mode as mode:
             fakes = {key: _fake(mode, tensor) for key, tensor in tensors.items()}
             memo: dict[int, Any] = {id(tensor): fakes[key] for key, tensor in tensors.items()}
             replica = copy.deepcopy(module, memo).train(training)
-            value = replace(x, requires_grad=True).empty()
+            value = x.with_grad(True).empty(symbols.given)
             recorder = _Recorder(graph, [("x", value), *fakes.items()])
             with recorder:
                 result = replica(value)
@@ -107,10 +86,11 @@ def record(module: nn.Module, x: TensorMeta, *, training: bool) -> BodyGraph:
             "PyTorch functions"
         )
     output = TensorMeta.of(result)
-    text = canonical(graph) + repr([meta.describe() for meta in (x, *metas)])
+    guards = symbols.guards()
+    text = canonical(graph) + repr([meta.describe() for meta in (x, *metas)]) + "".join(guards)
     other_input = reads_source(module)
     identity = digest(text + " of the source" * other_input)
-    return BodyGraph(graph, tuple(tensors), metas, output, identity, other_input)
+    return BodyGraph(graph, tuple(tensors), metas, output, identity, other_input, guards)
 
 
 def tensor_metas(module: nn.Module) -> tuple[TensorMeta, ...]:
@@ -177,11 +157,17 @@ class _Recorder(TorchFunctionMode):
         self.graph = graph
         self.nodes: dict[int, fx.Node] = {}
         self.alive: list[Any] = []  # ids are only unique among living objects
+        self.sizes: dict[str, fx.Node] = {}
+        self.x = inputs[0][1]
         self.autocast = torch.is_autocast_enabled(), torch.is_autocast_enabled("cpu")
         for name, tensor in inputs:
             self._bind(tensor, graph.placeholder(name.replace(".", "_")))
 
     def node_of(self, value: Any) -> Any:
+        if isinstance(value, torch.Size) and not all(isinstance(size, int) for size in value):
+            return tuple(map(self.node_of, value))
+        if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
+            return self._number(Size.of(value))
         if not isinstance(value, Tensor):
             return value
         node = self.nodes.get(id(value))
@@ -192,6 +178,23 @@ class _Recorder(TorchFunctionMode):
                 "register its tensors as buffers"
             )
         return node
+
+    def _number(self, number: Any) -> Any:
+        """What computes a number that is not fixed, out of the sizes of the module's input."""
+        if not isinstance(number, Size):
+            return number
+        if number.text not in self.sizes:
+            known = {dim.text: place for place, dim in enumerate(map(Size.of, self.x.shape)) if isinstance(dim, Size)}
+            if number.text in known:
+                self.sizes[number.text] = self._size(known[number.text])
+            else:
+                tracer = GraphAppendingTracer(self.graph)
+                names = {name: fx.Proxy(self._size(known[name]), tracer) for name, _ in number.names}
+                self.sizes[number.text] = evaluate(number.text, names).node
+        return self.sizes[number.text]
+
+    def _size(self, place: int) -> fx.Node:
+        return self.graph.call_method("size", (self.nodes[id(self.x)], place))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -33,6 +33,7 @@ from esper_fx._torch.names import (
     TorchDispatchMode,
     pytree,
 )
+from esper_fx._torch.sizes import fake_mode, guards, new_size, symbol, symbolic_text
 
 __all__ = [
     "BACKEND_NAME",
@@ -54,6 +55,8 @@ __all__ = [
     "compile_graph",
     "compiling_for_esper",
     "cpp_compiler",
+    "fake_mode",
+    "guards",
     "in_backward",
     "in_transform",
     "inductor_patch",
@@ -65,10 +68,13 @@ __all__ = [
     "load_graph",
     "load_in_progress",
     "may_be_repeated",
+    "new_size",
     "pytree",
     "quiet_fakes",
     "saved_tensors_kept",
     "storage_id",
+    "symbol",
+    "symbolic_text",
     "triton_op",
     "uncompiled",
     "warm_inductor",

@@ -43,20 +43,23 @@ def compile_graph(
     *,
     threads: int | None = None,
     hidden: Sequence[HiddenLaunch] = (),
+    guards: Callable[[], tuple[str, ...]] | None = None,
 ) -> tuple[Callable[..., Any], bytes]:
     """Compile a graph with Inductor, forward and backward, and return the callable and its serialised form.
 
     Args:
         module: PyTorch functions and methods only; every node annotated with ``meta["example_value"]``.
-        inputs: Example inputs whose shape, stride, dtype, device and requires_grad are compiled for.
+        inputs: Example inputs whose shape, stride, dtype, device and requires_grad are compiled for. Where sizes vary, the
+            fake ones that the graph was annotated with.
         cacheable: Qualified names of functions of ours in the graph, with a digest of their source.
         threads: Number of compilations at once, by processes beside this one; None leaves Inductor's setting.
         hidden: What launches within operators will compile, for whoever loads the serialised form.
+        guards: Where sizes vary: what compiling has taken for granted of them, asked when it is over.
 
     Raises:
         Uncacheable: Compilation is possible but not serialisation.
     """
-    return _without_broken_libraries(partial(_compile_graph, module, inputs, cacheable, threads, hidden))
+    return _without_broken_libraries(partial(_compile_graph, module, inputs, cacheable, threads, hidden, guards))
 
 
 def _without_broken_libraries(work: Callable[[], _T]) -> _T:
@@ -93,6 +96,7 @@ def _compile_graph(
     cacheable: dict[str, str],
     threads: int | None,
     hidden: Sequence[HiddenLaunch],
+    guards: Callable[[], tuple[str, ...]] | None,
 ) -> tuple[Callable[..., Any], bytes]:
     import torch._functorch.config as functorch_config
     import torch._inductor.config as inductor_config
@@ -116,14 +120,16 @@ def _compile_graph(
         if threads is not None and threads > 1:
             _wait_for_compile_processes()
         try:
-            artifact = standalone_compile(module, list(inputs), dynamic_shapes="from_example_inputs", aot=True)
+            source: Any = "from_example_inputs" if guards is None else "from_graph"
+            artifact = standalone_compile(module, list(inputs), dynamic_shapes=source, aot=True)
         except BypassAOTAutogradCache as error:
             raise Uncacheable(str(error)) from error
         serialized = artifact.serialize()  # type: ignore[attr-defined]
         # Inductor leaves the backward's C++ to be built when it is first loaded: build it here, not where it is loaded.
         with _remembered_code({}) as code:
             kernel = AOTCompiledArtifact.deserialize(serialized)
-        return kernel, pack(Artifact(serialized, used(), list(hidden), code))
+        needs = None if guards is None else guards()
+        return _with_guards(kernel, needs), pack(Artifact(serialized, used(), list(hidden), code, needs))
 
 
 def _wait_for_compile_processes() -> None:
@@ -165,7 +171,27 @@ def load_graph(data: bytes) -> Callable[..., Any]:
         _only_to_run(),
         inductor_config.patch({"cpp.vec_isa_ok": True}),
     ):
-        return AOTCompiledArtifact.deserialize(artifact.serialized)
+        return _with_guards(AOTCompiledArtifact.deserialize(artifact.serialized), artifact.guards)
+
+
+class GuardedKernel:
+    """A kernel for sizes that vary.
+
+    Attributes:
+        guards: What has to be true of its integer inputs, `n0`, `n1` and so on in order, for it to be right.
+    """
+
+    def __init__(self, kernel: Callable[..., Any], guards: tuple[str, ...]) -> None:
+        self._kernel = kernel
+        self.guards = guards
+
+    def __call__(self, *values: Any) -> Any:
+        """Run it."""
+        return self._kernel(*values)
+
+
+def _with_guards(kernel: Callable[..., Any], guards: tuple[str, ...] | None) -> Callable[..., Any]:
+    return kernel if guards is None else GuardedKernel(kernel, guards)
 
 
 @contextlib.contextmanager

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import fx
 
-from esper_fx import _torch
+from esper_fx.passes.metas import InputMeta, Symbols, TensorMeta
 from esper_fx.passes.propagate import propagate
-from esper_fx.passes.record import TensorMeta
 
 
-def annotate(module: fx.GraphModule, inputs: tuple[TensorMeta, ...]) -> tuple[TensorMeta, ...]:
-    """Give every node a fake value and return what the graph's outputs are; the ambient state must be set."""
-    with _torch.FakeTensorMode(allow_non_fake_inputs=True):
-        propagate(module, [meta.empty() for meta in inputs])
+def annotate(
+    module: fx.GraphModule, inputs: Sequence[InputMeta], symbols: Symbols | None = None
+) -> tuple[TensorMeta, ...]:
+    """Give every node a fake value and return what the graph's outputs are; the ambient state must be set.
+
+    Args:
+        module: The region.
+        inputs: What its placeholders are.
+        symbols: What sizes that vary are made of. Default: new ones.
+    """
+    symbols = symbols or Symbols.of(inputs)
+    with symbols.mode:
+        propagate(module, symbols.examples(inputs))
     output = next(iter(reversed(module.graph.nodes)))
     values = [node.meta["example_value"] for node in output.args[0]]
     return tuple(TensorMeta.of(value) for value in values)

@@ -20,7 +20,7 @@ from esper_fx.errors import StoreError
 from esper_fx.kernels.launch import HiddenLaunch
 from esper_fx.passes import serialize
 from esper_fx.passes.lower import lower
-from esper_fx.passes.record import TensorMeta
+from esper_fx.passes.metas import InputMeta, Symbols, TensorMeta
 from esper_fx.settings import settings
 
 TARGET = "esper_fx.engine.build:run_job"
@@ -78,7 +78,7 @@ class Ambient:
 
 
 def make_payload(
-    module: fx.GraphModule, inputs: tuple[TensorMeta, ...], ambient: Ambient, store: ArtifactStore | None
+    module: fx.GraphModule, inputs: tuple[InputMeta, ...], ambient: Ambient, store: ArtifactStore | None
 ) -> bytes:
     """Serialise what :func:`run_job` needs."""
     return pickle.dumps((serialize.dumps(module), inputs, ambient, None if store is None else store.root))
@@ -94,20 +94,20 @@ def run_job(payload: bytes) -> bytes:
     return compile_region(serialize.loads(graph), inputs, ambient, store, threads=_threads(inputs))[1]
 
 
-def _threads(inputs: tuple[TensorMeta, ...]) -> int:
+def _threads(inputs: tuple[InputMeta, ...]) -> int:
     """How many compilations a worker runs at once.
 
     One on CPUs, which are what the training loop computes with. A region for a GPU has dozens of Triton kernels, several
     configurations each, and the host is mostly idle.
     """
-    if any(meta.device.type == "cuda" for meta in inputs):
+    if any(meta.device.type == "cuda" for meta in inputs if isinstance(meta, TensorMeta)):
         return max(1, min(8, (os.cpu_count() or 1) // 2))
     return 1
 
 
 def compile_region(
     module: fx.GraphModule,
-    inputs: tuple[TensorMeta, ...],
+    inputs: tuple[InputMeta, ...],
     ambient: Ambient,
     store: ArtifactStore | None,
     *,
@@ -124,19 +124,23 @@ def compile_region(
     """
     hidden: list[HiddenLaunch] = []
     with ambient.in_this_process():
-        annotate(module, inputs)
-        if ambient.fused and has_kernels(inputs):
+        symbols = Symbols.of(inputs)
+        annotate(module, inputs, symbols)
+        if ambient.fused and not symbols.given and has_kernels(inputs):
             module = _fused(module, inputs, ambient, store)
             from esper_fx.ops.low_rank import hidden_launches  # only now: it defines the operator
 
             hidden = hidden_launches(module.graph)
         cacheable = dict.fromkeys(ops.GRAPH_FUNCTIONS, ops.source_digest())
-        examples = [meta.empty() for meta in inputs]
+        if symbols.given:
+            examples = [node.meta["example_value"] for node in module.graph.nodes if node.op == "placeholder"]
+            return _torch.compile_graph(module, examples, cacheable, threads=threads, guards=symbols.guards)
+        examples = symbols.examples(inputs)  # outside of the mode: real ones
         return _torch.compile_graph(module, examples, cacheable, threads=threads, hidden=hidden)
 
 
 def _fused(
-    module: fx.GraphModule, inputs: tuple[TensorMeta, ...], ambient: Ambient, store: ArtifactStore | None
+    module: fx.GraphModule, inputs: tuple[InputMeta, ...], ambient: Ambient, store: ArtifactStore | None
 ) -> fx.GraphModule:
     """The region with fused kernels where these are fastest; the module itself stays as it is, to run eagerly."""
     graph = fx.Graph()

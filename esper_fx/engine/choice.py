@@ -18,7 +18,7 @@ from esper_fx.engine.annotate import annotate
 from esper_fx.errors import StoreError
 from esper_fx.passes import lower
 from esper_fx.passes.lower import Candidate
-from esper_fx.passes.record import TensorMeta
+from esper_fx.passes.metas import InputMeta, TensorMeta
 
 logger = logging.getLogger(__name__)
 
@@ -103,9 +103,11 @@ class Chooser:
                 logger.warning("%s", error)
 
 
-def has_kernels(inputs: Sequence[TensorMeta]) -> bool:
+def has_kernels(inputs: Sequence[InputMeta]) -> bool:
     """Whether values like these are where fused kernels run."""
-    return any(meta.device.type == "cuda" for meta in inputs) and find_spec("triton") is not None
+    return (
+        any(isinstance(m, TensorMeta) and m.device.type == "cuda" for m in inputs) and find_spec("triton") is not None
+    )
 
 
 def measure(candidate: Candidate, timer: Timer) -> Mapping[str, float]:

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from esper_fx.engine.plan import Assignment, Constant, Place, Plan
-from esper_fx.engine.region import Variant
+from esper_fx.engine.region import Region, Variant
 from esper_fx.engine.strides import copied, differing, restrided
-from esper_fx.passes.record import BodyGraph, TensorMeta
+from esper_fx.engine.varying import Guards
+from esper_fx.passes.metas import Size, TensorMeta, evaluate, sizes
+from esper_fx.passes.record import BodyGraph
 
 if TYPE_CHECKING:
     from esper_fx.seed import KasminaSeed
@@ -41,6 +43,8 @@ class Executable:
         own: Sequence[int] = (),
     ) -> None:
         self._places = plan.places
+        self._varying = plan.varying
+        self._guards = Guards(plan, kernels, assignment)
         self._outputs = plan.outputs
         self._own = tuple(own)
         slots = [[slot for slot in region.slots if seeds[slot] is not None] for region in plan.regions]
@@ -55,6 +59,10 @@ class Executable:
     def current(self) -> bool:
         """Whether the bodies' tensors are still of the kinds that the kernels were compiled for."""
         return all(given.current(given.inputs()) for _, _, bodies in self._steps for given in bodies)
+
+    def takes(self, args: Sequence[Any]) -> bool:
+        """Whether the kernels are right for the sizes of these inputs."""
+        return self._guards.hold(args)
 
     def __call__(self, args: Sequence[Any]) -> Any:
         """Run the kernels.
@@ -71,23 +79,31 @@ class Executable:
             results = kernel(*values)
             odd = self._odd[number]
             if odd is None:
-                odd = self._odd[number] = differing(results, region.strides)
+                odd = self._odd[number] = differing(results, self._strides(region, args))
             if odd:
-                results = list(results)
+                results, strides = list(results), self._strides(region, args)
                 for position in odd:
-                    results[position] = restrided(results[position], region.strides[position])
+                    results[position] = restrided(results[position], strides[position])
             for place, result in zip(region.outputs, results, strict=True):
                 environment[place] = result
             for place in region.frees:
                 environment[place] = None
         outputs = [
-            environment[item.index] if type(item) is Place else item.value if type(item) is Constant else item
-            for item in self._outputs
+            environment[item.index] if type(item) is Place else self._other_output(item, args) for item in self._outputs
         ]
         for position in self._own:
             if outputs[position].requires_grad:
                 outputs[position] = copied(outputs[position])
         return tuple(outputs)
+
+    def _other_output(self, item: Any, args: Sequence[Any]) -> Any:
+        if type(item) is Size:
+            return evaluate(item.text, self._varying.values(args))
+        return item.value if type(item) is Constant else item
+
+    def _strides(self, region: Region, args: Sequence[Any]) -> list[tuple[int, ...]]:
+        values = self._varying.values(args)
+        return [sizes(strides, values) for strides in region.strides]
 
 
 class StaleError(Exception):

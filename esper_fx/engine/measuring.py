@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -12,6 +12,7 @@ from esper_fx.engine.pins import Pins
 from esper_fx.engine.probes import ProbedKernel, Sampler
 from esper_fx.engine.region import Variant
 from esper_fx.engine.service import Service
+from esper_fx.passes.metas import examples
 
 if TYPE_CHECKING:
     from esper_fx.engine.sized_program import SizedProgram
@@ -25,11 +26,11 @@ class Measuring:
         self._prepared: tuple[Sampler, Prepared] | None = None  # and who takes what it measures
         self._pins = Pins(service)
 
-    def executable(self, program: SizedProgram) -> Executable | None:
-        """What measures and otherwise is what runs now; None where there are no kernels for that."""
+    def executable(self, program: SizedProgram, args: Sequence[Any]) -> Executable | None:
+        """What measures and otherwise is what runs now; None where there are no kernels for that, or for these inputs."""
         running = program.running
         prepared = None if running is None else self._prepared_for(program, running.bodies)
-        return None if prepared is None else prepared.executable
+        return prepared.executable if prepared is not None and prepared.executable.takes(args) else None
 
     def prepare(self, program: SizedProgram, live: set[KasminaSeed]) -> list[Variant]:
         """Get that ready for these bodies, by the plan of which least has to be compiled. Not for the training thread.
@@ -51,7 +52,9 @@ class Measuring:
             return []
         plan, assignment = layout.plans[-1], program.assignment(live)
         places = zip(program.seeds, layout.slots, strict=True)
-        probes = layout.probes(plan, sampler.directions, [seed.sketched_dim(slot.value.shape) for seed, slot in places])
+        probes = layout.probes(
+            plan, sampler.directions, [seed.sketched_dim(examples(slot.value.shape)) for seed, slot in places]
+        )
         variants = layout.variants(plan, assignment, probes=probes) or []
         self._pins.replace(variants)
         missing = [variant for variant in variants if not program.has_kernel(variant)]

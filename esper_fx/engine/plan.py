@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import Tensor, fx
 
-from esper_fx._torch import FakeTensorMode, pytree, storage_id
+from esper_fx._torch import pytree, storage_id
 from esper_fx.engine.build import Ambient
+from esper_fx.engine.extract import extract
 from esper_fx.engine.probes import Probes
 from esper_fx.engine.region import Region, Variant, shared_template
+from esper_fx.engine.varying import FIXED, Varying, fake_inputs
 from esper_fx.ops import reads_source
 from esper_fx.passes import partition
 from esper_fx.passes.canonical import qualified_name
-from esper_fx.passes.propagate import Effects, freeze_numbers, is_seed, propagate, seed_operands
-from esper_fx.passes.record import BodyGraph, TensorMeta
-
-if TYPE_CHECKING:
-    pass
+from esper_fx.passes.carry_sizes import SIZE, carry_sizes
+from esper_fx.passes.metas import SizeMeta, TensorMeta, examples
+from esper_fx.passes.propagate import Effects, is_seed, propagate, seed_operands
+from esper_fx.passes.record import BodyGraph
 
 Assignment = tuple[BodyGraph | None, ...]
 
@@ -37,6 +38,7 @@ class Slot:
         changed: Whether that value is changed in place after the seed, or may be by whoever the program hands its memory to
             more than once.
         source: Input of the module whose output that value is, where that is known.
+        names: What the names in their sizes are called in the program.
     """
 
     model: int
@@ -45,6 +47,7 @@ class Slot:
     training: bool
     changed: bool = False
     source: TensorMeta | None = None
+    names: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def input_of(self, body: object) -> TensorMeta | None:
         """What a body reads here: the value or, where it says so, the source; None where that is not known."""
@@ -60,16 +63,28 @@ class Plan:
         regions: In the order they run.
         outputs: For each output of the program its place in the environment.
         places: Size of the environment: the program's inputs, then what regions exchange.
+        varying: How its sizes are made of its inputs.
     """
 
     name: str
     regions: tuple[Region, ...]
     outputs: tuple[Any, ...]
     places: int
+    varying: Varying = FIXED
 
 
 class Layout:
-    """A Dynamo graph for fixed sizes: annotated, with its plans.
+    """A Dynamo graph, annotated, with its plans.
+
+    Args:
+        module: The graph.
+        args: What it is called with.
+        ambient: The state around that call.
+        blocks: Whether there is to be the plan with many regions.
+        vary: Whether it is for all sizes, where the graph's vary, instead of for those of this call.
+
+    Raises:
+        SizesError: It cannot be for all sizes.
 
     Attributes:
         plans: Best steady state first.
@@ -79,20 +94,27 @@ class Layout:
         shown: Positions of the outputs that share memory with the value at a site; the caller may change that in place.
     """
 
-    def __init__(self, module: fx.GraphModule, args: Sequence[Any], ambient: Ambient, *, blocks: bool) -> None:
+    def __init__(
+        self, module: fx.GraphModule, args: Sequence[Any], ambient: Ambient, *, blocks: bool, vary: bool = False
+    ) -> None:
         graph = fx.Graph()
         mapping: dict[fx.Node, fx.Node] = {}
         output = graph.graph_copy(module.graph, mapping)
         graph.output(output)
         self.module = fx.GraphModule(module, graph)
-        with ambient.on_this_thread(), FakeTensorMode(allow_non_fake_inputs=True):
-            inputs = [TensorMeta.of(arg).empty() if isinstance(arg, Tensor) else arg for arg in args]
-            effects = propagate(self.module, inputs)
-        freeze_numbers(graph)
+        with ambient.on_this_thread():
+            symbols, inputs, places = fake_inputs(module, args, vary=vary)
+            with symbols.mode:
+                effects = propagate(self.module, inputs)
+        carry_sizes(graph)
         self.input_grads = tuple(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
         changed = set[int]().union(*effects.mutations.values())
         self.changed_inputs = tuple(i for i, value in enumerate(inputs) if _storage(value) in changed)
-        self.slots = _slots(graph, effects)
+        self.slots = _slots(graph, effects, symbols.names)
+        self._names = symbols.names
+        placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+        self._integers = {placeholders[place]: SizeMeta(name, args[place]) for name, place in places.items()}
+        self._varying = Varying(places, symbols.guards(), tuple(slot.names for slot in self.slots))
         unchanged = zip(filter(is_seed, graph.nodes), self.slots, strict=True)
         memory = {_storage_of(node) for node, slot in unchanged if not slot.changed}
         self.shown = tuple(i for i, item in enumerate(_results(graph)) if _storage_of(item) in memory - {None})
@@ -118,12 +140,12 @@ class Layout:
             members = set(inside)
             leaving = [n for n in inside if any(user not in members for user in n.users)]
             seeds = tuple(slot_of[node] for node in inside if node in slot_of)
-            entering, region_graph = _extract(inside, leaving)
+            entering, region_graph = extract(inside, leaving, self._meta, self._integers)
             for node in leaving:
                 places[node] = len(places)
-            metas = [TensorMeta.of(node.meta["example_value"]) for node in entering]
+            metas = list(entering.values())
             template = shared_template(region_graph, self.module, metas, ambient)
-            strides = tuple(TensorMeta.of(node.meta["example_value"]).stride for node in leaving)
+            strides = tuple(self._meta(node).stride for node in leaving)
             regions.append(
                 Region(
                     template,
@@ -135,10 +157,15 @@ class Layout:
             )
 
         def source(node: fx.Node) -> Any:
-            return Place(places[node]) if node in places else Constant(self._constant(node))
+            if node in places:
+                return Place(places[node])
+            return node.meta[SIZE].renamed(self._names) if SIZE in node.meta else Constant(self._constant(node))
 
         outputs: Any = fx.map_arg(final.args[0], source)
-        return Plan(name, _with_frees(regions, outputs, len(places)), tuple(outputs), len(places))
+        return Plan(name, _with_frees(regions, outputs, len(places)), tuple(outputs), len(places), self._varying)
+
+    def _meta(self, node: fx.Node) -> TensorMeta:
+        return TensorMeta.of(node.meta["example_value"]).renamed(self._names)
 
     def _constant(self, node: fx.Node) -> Any:
         value: Any = self.module
@@ -188,7 +215,7 @@ class Layout:
         for region in plan.regions:
             slots = [self.slots[slot] for slot in region.slots]
             features = [
-                None if dim is None else (slot.value.shape[dim], dim)
+                None if dim is None else (examples([slot.value.shape[dim]])[0], dim)
                 for slot, dim in zip(slots, [dims[slot] for slot in region.slots], strict=True)
             ]
             gradients = tuple(not slot.changed for slot in slots)
@@ -230,53 +257,35 @@ def _handed_out_more_than_once(graph: fx.Graph) -> set[int]:
     return {storage for storage, number in times.items() if storage is not None and number > 1}
 
 
-def _slots(graph: fx.Graph, effects: Effects) -> tuple[Slot, ...]:
+def _slots(graph: fx.Graph, effects: Effects, names: Mapping[str, str]) -> tuple[Slot, ...]:
     later = _handed_out_more_than_once(graph)
     slots = []
     for node in reversed(graph.nodes):
         if is_seed(node):
-            slots.append(_slot(node, later))
+            slots.append(_slot(node, later, names))
         later |= effects.mutations.get(node, set())
     return tuple(reversed(slots))
 
 
-def _slot(node: fx.Node, changed_later: set[int]) -> Slot:
+def _slot(node: fx.Node, changed_later: set[int], names: Mapping[str, str]) -> Slot:
     value, source = seed_operands(node)
+    metas = [TensorMeta.of(n.meta["example_value"]).renamed(names) for n in (value, source) if n is not None]
+    local = _numbered("d", metas)
+    metas = [meta.renamed(local) for meta in metas]
     return Slot(
         model=node.args[3],  # type: ignore[arg-type]
         site=node.args[4],  # type: ignore[arg-type]
-        value=TensorMeta.of(value.meta["example_value"]),
+        value=metas[0],
         training=bool(node.args[5]),
         changed=_storage(value.meta["example_value"]) in changed_later,
-        source=None if source is None else TensorMeta.of(source.meta["example_value"]),
+        source=None if source is None else metas[1],
+        names={number: name for name, number in local.items()},
     )
 
 
-def _extract(inside: Sequence[fx.Node], leaving: Sequence[fx.Node]) -> tuple[list[fx.Node], fx.Graph]:
-    """A graph of its own for these nodes: what comes from outside are its placeholders, constants are read again."""
-    graph = fx.Graph()
-    members = set(inside)
-    mapping: dict[fx.Node, fx.Node] = {}
-    entering: dict[fx.Node, None] = {}
-    constants: dict[fx.Node, None] = {}
-    for node in inside:
-        used = [n for n in seed_operands(node) if n is not None] if is_seed(node) else node.all_input_nodes
-        for source in used:
-            if source not in members:
-                (constants if source.op == "get_attr" else entering)[source] = None
-    for number, node in enumerate(entering):
-        mapping[node] = graph.placeholder(f"input{number}")
-    for node in constants:
-        mapping[node] = graph.get_attr(str(node.target))
-    for node in inside:
-        if is_seed(node):
-            value, *more = [mapping[n] for n in seed_operands(node) if n is not None]
-            mapping[node] = graph.call_function(node.target, (value, value, value, 0, 0, node.args[5], *more))  # type: ignore[arg-type]
-        else:
-            mapping[node] = graph.node_copy(node, lambda n: mapping[n])
-            mapping[node].meta = {}
-    graph.output(tuple(mapping[node] for node in leaving))
-    return list(entering), graph
+def _numbered(letter: str, metas: Sequence[TensorMeta]) -> dict[str, str]:
+    """Other names for all in the sizes of these tensors, in order: equal for tensors that are alike."""
+    return {name: f"{letter}{i}" for i, name in enumerate(dict.fromkeys(name for m in metas for name in m.names))}
 
 
 def _with_frees(regions: list[Region], outputs: Any, places: int) -> tuple[Region, ...]:

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from esper_fx.ops.probe import GRADIENTS, gradient_row, same, site_gradient, site_values, sketch
 from esper_fx.passes.instrument import instrument
-from esper_fx.passes.record import TensorMeta
+from esper_fx.passes.metas import TensorMeta, examples
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,7 @@ class ProbedKernel:
         sampler: Sampler,
     ) -> None:
         self._kernel = kernel
+        self.guards = getattr(kernel, "guards", ())
         self._rows, self._sensors = tuple(rows), probes.sensors
         self._leaves = tuple(leaves)
         self._place = place
@@ -150,7 +151,7 @@ class ProbedKernel:
 
 
 def _zeros(meta: TensorMeta) -> Tensor:
-    return torch.zeros(meta.shape, dtype=meta.dtype, device=meta.device).requires_grad_(meta.requires_grad)
+    return torch.zeros(examples(meta.shape), dtype=meta.dtype, device=meta.device).requires_grad_(meta.requires_grad)
 
 
 def measure_eagerly(sampler: Sampler, seed: int, x: Tensor, y: Tensor, dim: int | None) -> Tensor:

@@ -21,7 +21,8 @@ from esper_fx.engine.annotate import annotate
 from esper_fx.engine.build import Ambient
 from esper_fx.engine.probes import Probes, rows_with_gradients
 from esper_fx.passes.canonical import canonical, digest
-from esper_fx.passes.record import BodyGraph, TensorMeta
+from esper_fx.passes.metas import Dim, InputMeta, SizeMeta, TensorMeta
+from esper_fx.passes.record import BodyGraph
 from esper_fx.passes.specialize import specialize
 
 if TYPE_CHECKING:
@@ -57,9 +58,7 @@ class Variant:
         graph = specialize(template.graph if probes is None else probes.into(template.graph), bodies)
         self.module = fx.GraphModule(template.owner, graph)
         self.ambient = template.ambient
-        inputs = [
-            TensorMeta(m.shape, m.stride, m.dtype, m.device, g) for m, g in zip(template.inputs, grads, strict=True)
-        ]
+        inputs = [meta.with_grad(grad) for meta, grad in zip(template.inputs, grads, strict=True)]
         tensors: list[TensorMeta] = []
         for body in bodies:
             if body is not None:
@@ -123,7 +122,7 @@ class Template:
         ambient: The state it is compiled in.
     """
 
-    def __init__(self, graph: fx.Graph, owner: nn.Module, inputs: Sequence[TensorMeta], ambient: Ambient) -> None:
+    def __init__(self, graph: fx.Graph, owner: nn.Module, inputs: Sequence[InputMeta], ambient: Ambient) -> None:
         self.graph = graph
         self.owner = owner
         self.inputs = tuple(inputs)
@@ -186,16 +185,22 @@ class Region:
     outputs: tuple[int, ...]
     slots: tuple[int, ...]
     frees: tuple[int, ...] = ()
-    strides: tuple[tuple[int, ...], ...] = ()
+    strides: tuple[tuple[Dim, ...], ...] = ()
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """For each integer that its template's sizes are made of, by its name there, the place that holds it."""
+        pairs = zip(self.template.inputs, self.inputs, strict=True)
+        return {meta.name: place for meta, place in pairs if isinstance(meta, SizeMeta)}
 
 
 _templates: weakref.WeakValueDictionary[str, Template] = weakref.WeakValueDictionary()
 _templates_lock = ForkSafeLock()
 
 
-def shared_template(graph: fx.Graph, owner: nn.Module, inputs: Sequence[TensorMeta], ambient: Ambient) -> Template:
+def shared_template(graph: fx.Graph, owner: nn.Module, inputs: Sequence[InputMeta], ambient: Ambient) -> Template:
     """The template equal to this one, or this one if it is the first of its kind."""
-    metas = [meta.describe()[:-1] for meta in inputs]
+    metas = [meta.with_grad(False).describe() for meta in inputs]
     identity = digest(canonical(graph, owner) + repr((metas, ambient.describe(), sorted(ambient.inductor.items()))))
     with _templates_lock:
         template = _templates.get(identity)

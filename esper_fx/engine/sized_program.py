@@ -1,4 +1,4 @@
-"""A program for fixed sizes: it runs the best executable there is and switches at a step boundary."""
+"""A program for some sizes: it runs the best executable there is and switches at a step boundary."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from esper_fx.engine.plan import Assignment, Layout, Plan, Slot
 from esper_fx.engine.region import Variant
 from esper_fx.engine.service import Service, service
 from esper_fx.errors import SiteError
+from esper_fx.passes.carry_sizes import SizesError
+from esper_fx.passes.metas import examples
 from esper_fx.settings import settings
 
 if TYPE_CHECKING:
@@ -34,16 +36,26 @@ _warned: set[str] = set()
 
 
 class SizedProgram:
-    """A program for fixed sizes, with its plans and what it runs now.
+    """A program for fixed sizes or for all that its kernels take, with its plans and what it runs now.
+
+    Args:
+        program: What it is a program of.
+        args: What that is called with.
+        eager: Whether it is to run eagerly only.
+        vary: Whether it is for all sizes.
+
+    Raises:
+        SizesError: It cannot be for all sizes.
 
     Attributes:
         active: What the next step runs.
         plan: Name of the plan in use: ``whole``, ``blocks`` or ``eager``.
         number: Counts up in the process, in the order of first calls.
         measuring: What runs in the steps that are measured.
+        varies: Whether it is for all sizes that its kernels take.
     """
 
-    def __init__(self, program: Program, args: Sequence[Any], *, eager: bool) -> None:
+    def __init__(self, program: Program, args: Sequence[Any], *, eager: bool = False, vary: bool = False) -> None:
         self.number = next(_numbers)
         self.service: Service = service()
         self.growths = program.growths
@@ -62,11 +74,14 @@ class SizedProgram:
         self._wanted_after = 0
         self._switches = 0
         self.measuring = Measuring(self.service)
+        self.varies = vary
+        #: Whether there is something that it cannot do for all sizes at once: then each has to have a program of its own.
+        self.retired = False
         if not eager:
             try:
                 with _torch.saved_tensors_kept():
                     self._compile(args)
-            except SiteError:
+            except (SiteError, SizesError):
                 raise  # what the user must change is told, as in eager mode
             except Exception as error:
                 self._give_up(error)
@@ -76,14 +91,18 @@ class SizedProgram:
         self.service.start_workers()
         ambient = Ambient.current()
         self.layout = Layout(
-            self._module, args, ambient, blocks=settings().blocks and self.service.compiler is not None
+            self._module,
+            args,
+            ambient,
+            blocks=settings().blocks and self.service.compiler is not None,
+            vary=self.varies,
         )
         by_handle = {growth.handle: growth for growth in self.growths}
         self.seeds = [by_handle[slot.model].by_index[slot.site] for slot in self.layout.slots]
         self._slots = list(zip(self.seeds, self.layout.slots, strict=True))
         for seed, slot in self._slots:
-            source = slot.source.shape if slot.source is not None else None
-            seed.note_value(slot.value.shape, slot.value.dtype, slot.value.device, source)
+            source = examples(slot.source.shape) if slot.source is not None else None
+            seed.note_value(examples(slot.value.shape), slot.value.dtype, slot.value.device, source)
         self.aliased = aliasing.check(self.layout.changed_inputs, args)
         if not self.layout.plans:  # nothing is computed: inputs and constants are handed through
             self.layout = None
@@ -127,6 +146,13 @@ class SizedProgram:
 
     def _run_eagerly(self, args: Sequence[Any]) -> Any:
         return self._module(*args)
+
+    def takes(self, args: Sequence[Any]) -> bool:
+        """Whether what runs now is right for the sizes of these inputs; always where these are fixed."""
+        if not self.varies:
+            return True
+        active = self.active
+        return not self.retired and (not isinstance(active, Executable) or active.takes(args))
 
     def assignment(self, live: set[KasminaSeed]) -> Assignment:
         """For each slot the body of its seed if that is among ``live``; records bodies that are new."""

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from esper_fx import _torch, flags
 from esper_fx.engine.build import Ambient, make_payload, run_job
-from esper_fx.passes.record import TensorMeta
+from esper_fx.passes.metas import TensorMeta
 
 pytestmark = pytest.mark.compile
 

@@ -11,7 +11,7 @@ from torch import nn
 import esper_fx
 from esper_fx.engine import bodies
 from esper_fx.engine.plan import Slot
-from esper_fx.passes.record import TensorMeta
+from esper_fx.passes.metas import TensorMeta
 from esper_fx.seed import KasminaSeed
 
 pytestmark = pytest.mark.fast

@@ -16,7 +16,8 @@ from esper_fx.cache import KernelKey
 from esper_fx.cache.key import explain_miss
 from esper_fx.engine.build import Ambient
 from esper_fx.engine.region import Template, shared_template
-from esper_fx.passes.record import BodyGraph, TensorMeta, record
+from esper_fx.passes.metas import TensorMeta
+from esper_fx.passes.record import BodyGraph, record
 from tests.support.programs import SEED
 
 CPU = torch.device("cpu")

@@ -1,4 +1,4 @@
-"""Passes over the graphs of regions: canonical, serialize, propagate, freeze_numbers and specialize."""
+"""Passes over the graphs of regions: canonical, serialize, propagate, carry_sizes and specialize."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ from esper_fx import ops
 from esper_fx._torch import storage_id
 from esper_fx.passes import serialize
 from esper_fx.passes.canonical import canonical, digest, qualified_name
-from esper_fx.passes.propagate import SEED, freeze_numbers, is_seed, propagate
-from esper_fx.passes.record import BodyGraph, TensorMeta, record
+from esper_fx.passes.carry_sizes import carry_sizes
+from esper_fx.passes.metas import TensorMeta
+from esper_fx.passes.propagate import SEED, is_seed, propagate
+from esper_fx.passes.record import BodyGraph, record
 from esper_fx.passes.specialize import specialize
 from tests.support.examples import examples
 
@@ -308,7 +310,7 @@ def test_whatever_graph_there_is_comes_back_equal(steps: tuple[Step, ...]) -> No
     assert canonical(back.graph, back) == canonical(module.graph, module) == text(steps)
 
 
-# propagate and freeze_numbers
+# propagate and carry_sizes
 
 
 def _annotated(module: nn.Module, *shapes: tuple[int, ...]) -> tuple[fx.GraphModule, Any]:
@@ -362,7 +364,7 @@ def test_sizes_become_numbers_and_the_graph_computes_the_same() -> None:
     traced, _ = _annotated(Net(), (3, 4))
     x = torch.randn(3, 4)
     expected = Net()(x)
-    assert freeze_numbers(traced.graph)
+    assert carry_sizes(traced.graph)
     traced.graph.lint()
     traced.recompile()
     assert torch.equal(traced(x), expected)
@@ -379,7 +381,7 @@ def test_sizes_become_numbers_and_the_graph_computes_the_same() -> None:
     ]
     (ones,) = [n for n in traced.graph.nodes if n.target == "new_ones"]
     assert type(ones.args[1]) is tuple
-    assert not freeze_numbers(traced.graph)
+    assert not carry_sizes(traced.graph)
 
 
 def test_a_number_that_is_an_input_stays_an_input_that_nothing_reads() -> None:
@@ -390,7 +392,7 @@ def test_a_number_that_is_an_input_stays_an_input_that_nothing_reads() -> None:
     module = fx.GraphModule(nn.Module(), graph)
     with FakeTensorMode():
         propagate(module, [3, torch.empty(2, 3)])
-    assert freeze_numbers(module.graph)
+    assert carry_sizes(module.graph)
     module.recompile()
     assert [n.op for n in module.graph.nodes] == ["placeholder", "placeholder", "call_method", "output"]
     assert not size.users

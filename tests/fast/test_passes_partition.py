@@ -20,8 +20,9 @@ from esper_fx._torch import storage_id
 from esper_fx.engine.plan import Layout
 from esper_fx.passes import partition
 from esper_fx.passes.canonical import qualified_name
+from esper_fx.passes.metas import TensorMeta
 from esper_fx.passes.propagate import Effects, propagate
-from esper_fx.passes.record import TensorMeta, record
+from esper_fx.passes.record import record
 from tests.support import programs
 from tests.support.examples import examples
 from tests.support.plans import Scale, ambient, gradients_of, run_plan

@@ -13,7 +13,8 @@ from torch import Tensor, fx, nn
 
 from esper_fx.errors import BlueprintError
 from esper_fx.passes import serialize
-from esper_fx.passes.record import BodyGraph, TensorMeta, body_signature, record
+from esper_fx.passes.metas import TensorMeta
+from esper_fx.passes.record import BodyGraph, body_signature, record
 
 CPU = torch.device("cpu")
 VECTORS = TensorMeta((3, 4), (4, 1), torch.float32, CPU, True)

@@ -22,9 +22,10 @@ from esper_fx.passes import partition
 from esper_fx.passes.check import check
 from esper_fx.passes.find_sites import find_sites
 from esper_fx.passes.find_sources import find_sources
+from esper_fx.passes.metas import TensorMeta
 from esper_fx.passes.pipeline import Draft, Pipeline
 from esper_fx.passes.propagate import SEED, is_seed, seed_operands
-from esper_fx.passes.record import TensorMeta, body_signature, record
+from esper_fx.passes.record import body_signature, record
 from esper_fx.passes.specialize import specialize
 from esper_fx.passes.splice import splice
 from esper_fx.passes.trace import trace

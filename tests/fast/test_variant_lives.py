@@ -15,7 +15,8 @@ from esper_fx.cache import KernelCache
 from esper_fx.engine.build import Ambient
 from esper_fx.engine.region import MAX_RECENT, Template, Variant
 from esper_fx.engine.service import Service
-from esper_fx.passes.record import BodyGraph, TensorMeta, record
+from esper_fx.passes.metas import TensorMeta
+from esper_fx.passes.record import BodyGraph, record
 from tests.support.compilers import EchoCompiler, HandCompiler
 from tests.support.processes import in_forked_child
 from tests.support.programs import SEED

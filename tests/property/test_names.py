@@ -14,7 +14,8 @@ from esper_fx.engine.build import Ambient
 from esper_fx.engine.plan import Layout
 from esper_fx.engine.region import Template
 from esper_fx.passes.canonical import canonical
-from esper_fx.passes.record import TensorMeta, record
+from esper_fx.passes.metas import TensorMeta
+from esper_fx.passes.record import record
 from tests.support import programs
 from tests.support.examples import property_examples
 from tests.support.networks import Description, descriptions

@@ -16,9 +16,10 @@ from esper_fx.errors import SiteError
 from esper_fx.morphing.drafting import morph_pipeline
 from esper_fx.passes import serialize
 from esper_fx.passes.canonical import canonical
+from esper_fx.passes.carry_sizes import carry_sizes
 from esper_fx.passes.check import check
 from esper_fx.passes.pipeline import Draft
-from esper_fx.passes.propagate import freeze_numbers, is_seed, propagate
+from esper_fx.passes.propagate import is_seed, propagate
 from esper_fx.passes.specialize import specialize
 from esper_fx.passes.trace import TraceError
 from tests.support import programs
@@ -97,9 +98,9 @@ def test_numbers_are_frozen_once_and_the_program_means_the_same(program: tuple[I
     expected = module(*args)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         propagate(sized, [mode.from_tensor(tensor) for tensor in args])
-    assert freeze_numbers(sized.graph)
+    assert carry_sizes(sized.graph)
     before = str(sized.graph)
-    assert not freeze_numbers(sized.graph)
+    assert not carry_sizes(sized.graph)
     assert str(sized.graph) == before
     sized.graph.lint()
     sized.recompile()

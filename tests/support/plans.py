@@ -14,7 +14,8 @@ from esper_fx.engine.executable import Executable
 from esper_fx.engine.plan import Layout, Plan, Slot
 from esper_fx.engine.probes import ProbedKernel, Sampler
 from esper_fx.engine.region import Variant
-from esper_fx.passes.record import TensorMeta, record
+from esper_fx.passes.metas import TensorMeta
+from esper_fx.passes.record import record
 
 
 class Scale(nn.Module):

@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 from esper_fx import _torch, ops
 from esper_fx.engine.annotate import annotate
 from esper_fx.ops.low_rank import hidden_launches
-from esper_fx.passes.record import TensorMeta
+from esper_fx.passes.metas import TensorMeta
 
 
 def compiled_region(module: nn.Module, inputs: Sequence[Tensor]) -> bytes:

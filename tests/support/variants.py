@@ -9,7 +9,8 @@ from torch import Tensor, fx, nn
 
 from esper_fx import blueprints
 from esper_fx.engine.annotate import annotate
-from esper_fx.passes.record import TensorMeta, record
+from esper_fx.passes.metas import TensorMeta
+from esper_fx.passes.record import record
 from esper_fx.passes.specialize import specialize
 from esper_fx.site import SiteSpec
 
