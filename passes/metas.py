@@ -110,6 +110,11 @@ class TensorMeta:
         tensor = torch.empty_strided(shape, stride, dtype=self.dtype, device=self.device)
         return tensor.requires_grad_(self.requires_grad)
 
+    def fixed(self, names: Mapping[str, int] | None = None) -> TensorMeta:
+        """The same, with sizes for these values of their names. Default: as they were when they were read."""
+        values = self.names if names is None else names
+        return replace(self, shape=sizes(self.shape, values), stride=sizes(self.stride, values))
+
     def with_grad(self, requires_grad: bool) -> TensorMeta:
         """The same, but that it needs a gradient or not."""
         return TensorMeta(self.shape, self.stride, self.dtype, self.device, requires_grad)

@@ -157,7 +157,8 @@ class _Recorder(TorchFunctionMode):
         self.graph = graph
         self.nodes: dict[int, fx.Node] = {}
         self.alive: list[Any] = []  # ids are only unique among living objects
-        self.sizes: dict[str, fx.Node] = {}
+        self.sizes: dict[str, fx.Node] = {}  # what computes them, by their text,
+        self.places: dict[int, fx.Node] = {}  # out of the input's dimensions
         self.x = inputs[0][1]
         self.autocast = torch.is_autocast_enabled(), torch.is_autocast_enabled("cpu")
         for name, tensor in inputs:
@@ -168,6 +169,8 @@ class _Recorder(TorchFunctionMode):
             return tuple(map(self.node_of, value))
         if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
             return self._number(Size.of(value))
+        if isinstance(value, slice):
+            return slice(*map(self.node_of, (value.start, value.stop, value.step)))
         if not isinstance(value, Tensor):
             return value
         node = self.nodes.get(id(value))
@@ -194,7 +197,9 @@ class _Recorder(TorchFunctionMode):
         return self.sizes[number.text]
 
     def _size(self, place: int) -> fx.Node:
-        return self.graph.call_method("size", (self.nodes[id(self.x)], place))
+        if place not in self.places:
+            self.places[place] = self.graph.call_method("size", (self.nodes[id(self.x)], place))
+        return self.places[place]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

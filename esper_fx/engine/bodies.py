@@ -9,12 +9,18 @@ from torch import nn
 
 from esper_fx.engine.plan import Slot
 from esper_fx.errors import BlueprintError
+from esper_fx.passes.carry_sizes import SizesError
+from esper_fx.passes.metas import TensorMeta
 from esper_fx.passes.record import BodyGraph, body_signature, record, tensor_metas
 
 if TYPE_CHECKING:
     from esper_fx.seed import KasminaSeed
 
 _records: dict[tuple[Any, ...], BodyGraph] = {}
+
+
+class BodyGoneError(Exception):
+    """Another thread has taken a body out meanwhile: what was to be got ready for it is not wanted any more."""
 
 
 class Recorded:
@@ -46,21 +52,37 @@ def known_record(seed: KasminaSeed, slot: Slot) -> BodyGraph | None:
 
 
 def record_once(seed: KasminaSeed, slot: Slot) -> BodyGraph:
-    """The graph of a seed's body for a slot, recorded once for all equal bodies."""
+    """The graph of a seed's body for a slot, recorded once for all equal bodies.
+
+    Raises:
+        BlueprintError: It cannot be recorded.
+        BodyGoneError: There is none any more.
+        SizesError: It can be, but not for all sizes at once.
+    """
     known = known_record(seed, slot)
     if known is not None:
         return known
     recorded, body = seed.recorded, seed.body
     if body is None:
-        raise RuntimeError(f"the seed at {seed.name!r} has lost its body meanwhile")
+        raise BodyGoneError(f"the seed at {seed.name!r} has lost its body meanwhile")
     given = slot.input_of(body)
     if given is None:
         raise BlueprintError(
             f"the body at site {seed.name!r} reads its module's input, which this program does not hand over"
         )
     signature = body_signature(body)
-    graph = record(body, given, training=slot.training)
+    graph = _record(body, given, training=slot.training)
     if signature is not None:
         _records[signature, given, slot.training] = graph
     recorded[given, slot.training] = Recorded(body, graph)
     return graph
+
+
+def _record(body: nn.Module, given: TensorMeta, *, training: bool) -> BodyGraph:
+    try:
+        return record(body, given, training=training)
+    except BlueprintError as error:
+        if given.names:
+            record(body, given.fixed(), training=training)
+            raise SizesError(str(error)) from error
+        raise

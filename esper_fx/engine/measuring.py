@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from esper_fx.engine.bodies import BodyGoneError
 from esper_fx.engine.executable import Executable, Prepared
 from esper_fx.engine.pins import Pins
 from esper_fx.engine.probes import ProbedKernel, Sampler
@@ -41,7 +42,10 @@ class Measuring:
         sampler = _sampler(program)
         if sampler is None:
             return []
-        missing = self._prepare(program, live, sampler)
+        try:
+            missing = self._prepare(program, live, sampler)
+        except BodyGoneError:  # what is wanted now is asked for in another round
+            return []
         if _sampler(program) is not sampler:  # closed meanwhile, perhaps before there was this to drop
             self.drop()
         return missing

@@ -22,6 +22,7 @@ from esper_fx.passes.carry_sizes import SIZE, carry_sizes
 from esper_fx.passes.metas import SizeMeta, TensorMeta, examples
 from esper_fx.passes.propagate import Effects, is_seed, propagate, seed_operands
 from esper_fx.passes.record import BodyGraph
+from esper_fx.passes.wrapped_numbers import unwrap_numbers
 
 Assignment = tuple[BodyGraph | None, ...]
 
@@ -102,6 +103,7 @@ class Layout:
         output = graph.graph_copy(module.graph, mapping)
         graph.output(output)
         self.module = fx.GraphModule(module, graph)
+        numbers = unwrap_numbers(graph, args)
         with ambient.on_this_thread():
             symbols, inputs, places = fake_inputs(module, args, vary=vary)
             with symbols.mode:
@@ -114,7 +116,7 @@ class Layout:
         self._names = symbols.names
         placeholders = [node for node in graph.nodes if node.op == "placeholder"]
         self._integers = {placeholders[place]: SizeMeta(name, args[place]) for name, place in places.items()}
-        self._varying = Varying(places, symbols.guards(), tuple(slot.names for slot in self.slots))
+        self._varying = Varying(places, symbols.guards(), tuple(slot.names for slot in self.slots), numbers)
         unchanged = zip(filter(is_seed, graph.nodes), self.slots, strict=True)
         memory = {_storage_of(node) for node, slot in unchanged if not slot.changed}
         self.shown = tuple(i for i, item in enumerate(_results(graph)) if _storage_of(item) in memory - {None})

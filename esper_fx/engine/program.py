@@ -16,14 +16,18 @@ from esper_fx.engine.executable import StaleError
 from esper_fx.engine.sized_program import SizedProgram, warn_once
 from esper_fx.passes.carry_sizes import SizesError
 from esper_fx.passes.propagate import is_seed
+from esper_fx.passes.wrapped_numbers import wrapped_numbers
 
 if TYPE_CHECKING:
     from esper_fx.growth import Growth
 
 logger = logging.getLogger(__name__)
 
-#: Where a graph cannot be compiled for all sizes at once, it is for so many combinations of them; further ones run eagerly.
+#: A graph is compiled at most so often for sizes for which what was compiled before is not right; further ones run eagerly.
 MAX_SIZES = 8
+
+#: A number that a graph is given and that is no size becomes a constant: it may be another one so often.
+MAX_NUMBERS = 2
 
 
 class Program:
@@ -39,14 +43,17 @@ class Program:
         handles = [node.args[3] for node in module.graph.nodes if is_seed(node)]
         self.growths: list[Growth] = [ops.hosts[handle] for handle in dict.fromkeys(handles)]  # type: ignore[misc]
         self.epochs = dict.fromkeys(handles, -1)
-        self._general: SizedProgram | None = None  # for all sizes that its kernels take, where it can be had
-        self._sized: dict[tuple[int, ...], SizedProgram] = {}  # for sizes of their own
-        self._rest: SizedProgram | None = None  # for all sizes that have none of their own, once no more get one
+        self._nested = _has_nested_seeds(module)
         self._integers = tuple(
             i for i, node in enumerate(n for n in module.graph.nodes if n.op == "placeholder") if not _is_tensor(node)
         )
+        self._numbers = wrapped_numbers(module.graph)
+        self._seen_numbers: set[tuple[float, ...]] = set()
+        self._varying: list[SizedProgram] = []  # each for all sizes that its kernels take
+        self._sized: dict[tuple[Any, ...], SizedProgram] = {}  # each for sizes of its own
+        self._varies = not self._nested and bool(self._integers)  # whether there may be more for sizes that vary
+        self._rest: SizedProgram | None = None  # for all sizes that have none of their own, once no more get one
         self._lock = ForkSafeLock()
-        self._nested = _has_nested_seeds(module)
 
     def __call__(self, *args: Any) -> Any:
         started = time.perf_counter()
@@ -65,6 +72,8 @@ class Program:
         if sized.aliased is not None and sized.aliased(args):
             warn_once("a call runs eagerly because an input that it changes in place shares memory with another one")
             return self.module(*args)
+        if not sized.takes(args, executable):  # another thread has switched meanwhile
+            return self.module(*args)
         try:
             return executable(args)
         except StaleError:
@@ -78,41 +87,65 @@ class Program:
         return not _torch.may_be_repeated()
 
     def _for_sizes_of(self, args: Sequence[Any]) -> SizedProgram | None:
-        sized = self._sized.get(self._sizes(args)) if self._sized else None
-        if sized is None and (general := self._general) is not None and general.takes(args):
-            sized = general
-        return sized or self._rest
+        own = self._sized.get(self._fixed(args)) if self._sized else None
+        if own is not None:
+            return own
+        for program in self._varying:
+            if program.takes(args):
+                return program
+        return self._rest
 
     def _sizes(self, args: Sequence[Any]) -> tuple[int, ...]:
         return tuple(args[i] for i in self._integers)
 
+    def _fixed(self, args: Sequence[Any]) -> tuple[Any, ...]:
+        return (*self._sizes(args), *(args[i].item() for i in self._numbers))
+
     def _first_call(self, args: Sequence[Any]) -> SizedProgram:
-        sized = self._make_general(args) or self._make_sized(args)
+        self._drop_retired()
+        self._seen_numbers.add(tuple(args[i].item() for i in self._numbers))
+        if self._full:
+            return self._known(self._make_rest(args))
+        if self._varies and min(self._sizes(args)) >= 2:
+            try:
+                program = SizedProgram(self, args, vary=True)
+            except SizesError as error:
+                logger.info("a program is compiled for each of its sizes: %s", error)
+                self._varies = False
+            else:
+                self._varying = [*self._varying, program]
+                return self._known(program)
+        sized = self._sized[self._fixed(args)] = SizedProgram(self, args)
+        return self._known(sized)
+
+    @property
+    def _full(self) -> bool:
+        """Whether no more is compiled."""
+        many = len(self._varying) + len(self._sized) >= MAX_SIZES or len(self._seen_numbers) > MAX_NUMBERS
+        return many or self._nested
+
+    def _drop_retired(self) -> None:
+        for program in self._varying:
+            if program.retired:
+                self._varies = False
+                for growth in self.growths:
+                    growth.changes.programs.discard(program)
+        self._varying = [program for program in self._varying if not program.retired]
+
+    def _known(self, sized: SizedProgram) -> SizedProgram:
+        """Let the changes of its models' structure go through a program, too."""
         for growth in self.growths:
             growth.changes.programs.add(sized)
             growth.changes.kick()
         return sized
 
-    def _make_general(self, args: Sequence[Any]) -> SizedProgram | None:
-        """A program for all sizes; None where there cannot be one, or has been."""
-        if self._nested or self._general is not None or not self._integers:
-            return None
-        try:
-            general = SizedProgram(self, args, vary=True)
-        except SizesError as error:
-            logger.debug("a program is compiled for each of its sizes: %s", error)
-            return None
-        self._general = general
-        return general if general.takes(args) else None
-
-    def _make_sized(self, args: Sequence[Any]) -> SizedProgram:
-        if self._nested or len(self._sized) >= MAX_SIZES:
-            reason = "its seeds sit in a nested graph" if self._nested else f"it was called with over {MAX_SIZES} sizes"
-            warn_once(f"a program runs eagerly because {reason}")
-            sized = self._rest = SizedProgram(self, args, eager=True)
-        else:
-            sized = self._sized[self._sizes(args)] = SizedProgram(self, args)
-        return sized
+    def _make_rest(self, args: Sequence[Any]) -> SizedProgram:
+        reason = "its seeds sit in a nested graph" if self._nested else f"it was called with over {MAX_SIZES} sizes"
+        if len(self._seen_numbers) > MAX_NUMBERS:
+            reason = f"a number that it is given has had over {MAX_NUMBERS} values; hand it over as a tensor"
+        warn_once(f"a program runs eagerly because {reason}")
+        self._rest = SizedProgram(self, args, eager=True)
+        return self._rest
 
 
 def _is_tensor(placeholder: fx.Node) -> bool:

@@ -12,7 +12,7 @@ from torch import nn
 
 from esper_fx import _torch
 from esper_fx.engine import aliasing
-from esper_fx.engine.bodies import known_record, record_once
+from esper_fx.engine.bodies import BodyGoneError, known_record, record_once
 from esper_fx.engine.build import Ambient
 from esper_fx.engine.executable import Executable, Prepared
 from esper_fx.engine.measuring import Measuring
@@ -84,6 +84,8 @@ class SizedProgram:
             except (SiteError, SizesError):
                 raise  # what the user must change is told, as in eager mode
             except Exception as error:
+                if vary:
+                    raise SizesError(f"{type(error).__name__}: {error}") from error
                 self._give_up(error)
 
     def _compile(self, args: Sequence[Any]) -> None:
@@ -131,13 +133,22 @@ class SizedProgram:
                 growth.changes.kick()
         return self.active(args)
 
-    def _give_up(self, error: BaseException) -> None:
+    def _retire(self, error: BaseException) -> None:
+        """Leave all sizes to programs of their own."""
+        self.retired = True
+        self._drop()
+        logger.info("a program is compiled for each of its sizes from now on: %s", error)
+
+    def _drop(self) -> None:
         self.layout = None
         self.active = self._run_eagerly
         self.plan = "eager"
         self._running = self._made = None
         self._pins.replace([])
         self._wanted.replace([])
+
+    def _give_up(self, error: BaseException) -> None:
+        self._drop()
         logger.debug("compilation failed", exc_info=error)
         warn_once(
             f"a program runs eagerly because it could not be compiled: {type(error).__name__}: {error}. "
@@ -147,12 +158,12 @@ class SizedProgram:
     def _run_eagerly(self, args: Sequence[Any]) -> Any:
         return self._module(*args)
 
-    def takes(self, args: Sequence[Any]) -> bool:
-        """Whether what runs now is right for the sizes of these inputs; always where these are fixed."""
+    def takes(self, args: Sequence[Any], executable: Any = None) -> bool:
+        """Whether what runs now, or ``executable``, is right for the sizes of these inputs; always where these are fixed."""
         if not self.varies:
             return True
-        active = self.active
-        return not self.retired and (not isinstance(active, Executable) or active.takes(args))
+        running = self.active if executable is None else executable
+        return not self.retired and (not isinstance(running, Executable) or running.takes(args))
 
     def assignment(self, live: set[KasminaSeed]) -> Assignment:
         """For each slot the body of its seed if that is among ``live``; records bodies that are new."""
@@ -265,7 +276,7 @@ class SizedProgram:
             with _torch.saved_tensors_kept():
                 return self.activate(live) if self._best(live) is not None else self._obtain(live)
         except Exception as error:
-            self._give_up(error)
+            (self._retire if self.varies else self._give_up)(error)
             return True
 
     def bodies(self, live: set[KasminaSeed]) -> tuple[nn.Module | None, ...]:
@@ -285,7 +296,13 @@ class SizedProgram:
         """
         if self.layout is None:
             return []
-        assignment = self.assignment(live)
+        try:
+            assignment = self.assignment(live)
+        except BodyGoneError:  # what is wanted now is asked for in another round
+            return []
+        except SizesError as error:
+            self._retire(error)
+            return []
         plans = self.layout.plans[-1:] if urgent else reversed(self.layout.plans)  # what is built quickly first
         wanted = [variant for plan in plans for variant in self.layout.variants(plan, assignment) or ()]
         if urgent and (all(map(self.has_kernel, wanted)) or self._best(live) is not None):
@@ -294,7 +311,12 @@ class SizedProgram:
         missing = [variant for variant in wanted if not self.has_kernel(variant)]
         for variant in missing:
             variant.request(self.service, priority=0 if urgent else 10, retry=retry)
-        return [variant for variant in missing if not self.has_kernel(variant)]
+        missing = [variant for variant in missing if not self.has_kernel(variant)]
+        failed = next((variant.error for variant in missing if variant.error is not None), None)
+        if self.varies and urgent and failed is not None:  # fixed sizes may compile
+            self._retire(failed)
+            return []
+        return missing
 
     def _want(self, variants: list[Variant], *, also: bool) -> None:
         """Have the cache keep these kernels until they run, or else the first to come may be gone when the last comes.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx
@@ -27,11 +27,13 @@ class Varying:
         places: For each name in its sizes the position of the input that it stands for.
         guards: What has to be true of these.
         slots: For each seed what the names in the sizes at its site are called in the program.
+        numbers: For the position of each tensor input that holds a number what that has to be.
     """
 
     places: Mapping[str, int]
     guards: tuple[str, ...] = ()
     slots: tuple[Mapping[str, str], ...] = ()
+    numbers: Mapping[int, float] = field(default_factory=dict)
 
     def values(self, args: Sequence[Any]) -> dict[str, int]:
         """The names and what they are in a call."""
@@ -119,6 +121,7 @@ class Guards:
     def __init__(self, plan: Plan, kernels: Sequence[Any], assignment: Sequence[BodyGraph | None]) -> None:
         places = plan.varying.places
         self._sizes = tuple(places.values())
+        self._numbers = tuple(plan.varying.numbers.items())
         self._known: dict[tuple[int, ...], bool] = {}
         self._guards: tuple[tuple[str, tuple[tuple[str, int], ...]], ...] = ()
         if not places:
@@ -136,6 +139,8 @@ class Guards:
         """Whether it is, for the call with these inputs."""
         if not self._sizes:
             return True
+        if any(args[place].item() != number for place, number in self._numbers):
+            return False
         given = tuple(args[place] for place in self._sizes)
         known = self._known.get(given)
         if known is None:

@@ -1,7 +1,8 @@
-"""A program that is called with ever new sizes: the first few are compiled, one executable runs all others eagerly."""
+"""Which program a call's sizes get: one for all sizes, or where that cannot be the first few their own, and one the rest."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,9 +12,13 @@ from torch import Tensor, fx, nn
 import esper_fx
 from esper_fx.changes import Changes
 from esper_fx.engine import program as program_module
+from esper_fx.engine.executable import Executable
 from esper_fx.engine.program import Program
 from esper_fx.engine.sized_program import SizedProgram
+from esper_fx.passes.carry_sizes import SizesError
 from tests.support.programs import SEED
+
+Compile = Callable[[SizedProgram, Any], None]
 
 
 @pytest.fixture
@@ -23,16 +28,49 @@ def model() -> esper_fx.MorphableModel:
 
 
 @pytest.fixture(autouse=True)
-def compiled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The sizes that are compiled, two at most; really they all run eagerly."""
-    sizes: list[int] = []
+def _few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(program_module, "MAX_SIZES", 2)
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The sizes that are compiled, "any" for all of them, which fails; really they all run eagerly."""
+    sizes: list[Any] = []
 
     def note(self: SizedProgram, args: Any) -> None:
-        sizes.append(args[0])
+        sizes.append("any" if self.varies else args[0])
+        if self.varies:
+            raise SizesError("not this one")
 
     monkeypatch.setattr(SizedProgram, "_compile", note)
-    monkeypatch.setattr(program_module, "MAX_SIZES", 2)
     return sizes
+
+
+@pytest.fixture
+def general(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The same, where several sizes can be compiled for: what was compiled for one takes those that are as even or odd."""
+    sizes: list[Any] = []
+
+    def note(self: SizedProgram, args: Any) -> None:
+        sizes.append("any" if self.varies else args[0])
+        if self.varies:
+            self.active = Parity.__new__(Parity)
+            self.active.remainder, self.active.run = args[0] % 2, self._module
+
+    monkeypatch.setattr(SizedProgram, "_compile", note)
+    return sizes
+
+
+class Parity(Executable):
+    remainder: int
+    run: Any
+
+    def takes(self, args: Any) -> bool:
+        return bool(args[0] % 2 == self.remainder)
+
+    def __call__(self, args: Any) -> Any:
+        assert self.takes(args)
+        return self.run(*args)
 
 
 def program_of(model: esper_fx.MorphableModel, *, nested: bool = False) -> Program:
@@ -58,7 +96,7 @@ def call(program: Program, size: int) -> Tensor:
 
 @pytest.mark.parametrize("nested", [False, True], ids=["many sizes", "seeds in a nested graph"])
 def test_there_is_one_more_program_for_all_further_sizes(
-    model: esper_fx.MorphableModel, compiled: list[int], monkeypatch: pytest.MonkeyPatch, *, nested: bool
+    model: esper_fx.MorphableModel, compiled: list[Any], monkeypatch: pytest.MonkeyPatch, *, nested: bool
 ) -> None:
     kicks: list[Changes] = []
 
@@ -67,20 +105,110 @@ def test_there_is_one_more_program_for_all_further_sizes(
 
     monkeypatch.setattr(Changes, "kick", note)
     program = program_of(model, nested=nested)
-    for size in (*range(1, 40), *range(1, 40)):
+    for size in (*range(2, 40), *range(2, 40)):
         call(program, size)
-    assert compiled == ([] if nested else [1, 2])
-    assert model.stats().programs == len(kicks) == len(compiled) + 1
-    assert len(program._sized) == len(compiled)
+    assert compiled == ([] if nested else ["any", 2, 3])
+    assert model.stats().programs == len(kicks) == len(program._sized) + 1
+    assert len(program._sized) == (0 if nested else 2)
 
 
-def test_the_sizes_that_were_first_keep_their_own(model: esper_fx.MorphableModel) -> None:
+def test_the_sizes_that_were_first_keep_their_own(model: esper_fx.MorphableModel, compiled: list[Any]) -> None:
     program = program_of(model)
-    for size in (1, 2, 3):
+    for size in (2, 3, 4):
         call(program, size)
     ran: list[int] = []
     for size, sized in program._sized.items():
         sized.active = lambda args, number=size[0]: ran.append(number) or program.module(*args)
-    for size in (3, 2, 4, 1):
+    for size in (4, 3, 5, 2):
         call(program, size)
-    assert ran == [2, 1]
+    assert ran == [3, 2]
+
+
+def test_sizes_that_no_program_takes_get_one_more(model: esper_fx.MorphableModel, general: list[Any]) -> None:
+    program = program_of(model)
+    for size in (4, 6, 3, 8, 5, 3, 7, 10, 9):
+        call(program, size)
+    assert general == ["any", "any"]
+    assert model.stats().programs == 2
+
+
+def test_no_more_than_a_few_programs_are_made(
+    model: esper_fx.MorphableModel, general: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(program_module, "MAX_SIZES", 1)
+    program = program_of(model)
+    for size in (4, 6, 3, 5, 8):
+        call(program, size)
+    assert general == ["any"]
+    assert model.stats().programs == 2  # for even ones and the rest
+
+
+def test_an_exception_among_sizes_is_not_what_the_program_for_all_is_made_from(
+    model: esper_fx.MorphableModel, general: list[Any]
+) -> None:
+    program = program_of(model)
+    for size in (1, 4, 1, 6):
+        call(program, size)
+    assert general == [1, "any"]
+
+
+def test_what_another_thread_has_switched_to_meanwhile_is_not_called_with_sizes_it_does_not_take(
+    model: esper_fx.MorphableModel, general: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = program_of(model)
+    call(program, 4)
+    (sized,) = model.growth.changes.programs
+    takes, odd = SizedProgram.takes, sized.active
+    sized.active = sized._run_eagerly
+
+    def switching(self: SizedProgram, args: Any, executable: Any = None) -> bool:
+        result = takes(self, args, executable)
+        self.active = odd
+        return result
+
+    monkeypatch.setattr(SizedProgram, "takes", switching)
+    call(program, 5)
+
+
+def test_a_program_for_all_sizes_that_is_retired_leaves_them_to_their_own(
+    model: esper_fx.MorphableModel, general: list[Any]
+) -> None:
+    program = program_of(model)
+    call(program, 4)
+    (sized,) = model.growth.changes.programs
+    sized._retire(RuntimeError("a body"))
+    del sized
+    for size in (4, 6, 4):
+        call(program, size)
+    assert general == ["any", 4, 6]
+    assert model.stats().programs == 2
+
+
+def test_a_number_that_is_handed_over_as_a_tensor_is_a_constant_of_a_program(
+    model: esper_fx.MorphableModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[float] = []
+
+    def note(self: SizedProgram, args: Any) -> None:
+        made.append(args[0].item())
+
+    monkeypatch.setattr(SizedProgram, "_compile", note)
+    program = number_program(model)
+    x = torch.linspace(0, 1, 3)
+    for number in (0.5, 0.25, 0.5, 0.125, 0.75, 0.25):
+        (y,) = program(torch.tensor(number, dtype=torch.float64), x, torch.ones(1), torch.ones(1))
+        torch.testing.assert_close(y, x.sin() * number)
+    assert made == [0.5, 0.25]  # then all others run eagerly
+    assert model.stats().programs == 3
+
+
+def number_program(model: esper_fx.MorphableModel) -> Program:
+    """seed(sin(x)) * n for a number n in a tensor, as Dynamo hands over what may vary."""
+    graph = fx.Graph()
+    number, x, alpha, gate = (graph.placeholder(name) for name in ("n", "x", "alpha", "gate"))
+    for node in (number, x, alpha, gate):
+        node.meta["example_value"] = torch.zeros(())
+    value = graph.call_method("item", (number,))
+    seed = graph.call_function(SEED, (graph.call_function(torch.sin, (x,)), alpha, gate, model.growth.handle, 0, True))
+    graph.output((graph.call_function(torch.mul, (seed, value)),))
+    return Program(fx.GraphModule(nn.Module(), graph))

@@ -14,7 +14,7 @@ from esper_fx.engine.executable import Executable
 from esper_fx.engine.plan import Layout, Plan, Slot
 from esper_fx.engine.probes import ProbedKernel, Sampler
 from esper_fx.engine.region import Variant
-from esper_fx.passes.metas import TensorMeta
+from esper_fx.passes.metas import SizeMeta, TensorMeta
 from esper_fx.passes.record import record
 
 
@@ -49,7 +49,7 @@ def ambient() -> Ambient:
 
 
 def run_plan(
-    layout: Layout, plan: Plan, args: list[Tensor], bodies: dict[int, Scale], sampler: Sampler | None = None
+    layout: Layout, plan: Plan, args: list[Any], bodies: dict[int, Scale], sampler: Sampler | None = None
 ) -> Any:
     """Run a plan with these bodies, by site, and with probes where there is a sampler to take what they measure."""
     recorded = tuple(
@@ -71,7 +71,9 @@ def run_plan(
         if own is not None and sampler is not None:
             sites = [layout.slots[slot].site for slot in region.slots]
             kernels[i] = ProbedKernel(kernels[i], own, variant.leaves, variant.rows, len(region.inputs), sites, sampler)
-    return Executable(plan, kernels, seeds, recorded, () if probes is None else layout.shown)(args)
+    executable = Executable(plan, kernels, seeds, recorded, () if probes is None else layout.shown)
+    assert executable.takes(args)
+    return executable(args)
 
 
 def what_is_read(slot: Slot, body: Scale) -> TensorMeta:
@@ -81,9 +83,12 @@ def what_is_read(slot: Slot, body: Scale) -> TensorMeta:
     return meta
 
 
-def checked(variant: Variant, *values: Tensor) -> Any:
+def checked(variant: Variant, *values: Any) -> Any:
     """Run a variant as a kernel that was compiled for its inputs would, which must then be as announced."""
-    assert [TensorMeta.of(value) for value in values] == list(variant.inputs)
+    pairs = list(zip(variant.inputs, values, strict=True))
+    names = {meta.name: value for meta, value in pairs if isinstance(meta, SizeMeta)}
+    for meta, value in pairs:
+        assert isinstance(meta, SizeMeta) or TensorMeta.of(value) == meta.fixed(names)
     results = variant.module(*values)
     own = results[:-1] if variant.leaves else results
     assert [result.requires_grad for result in own] == list(variant.output_grads)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 
 from esper_fx import ops
+from esper_fx.passes.metas import Symbols
 
 SHAPE = (2, 4)
 SEED = torch.ops.esper.seed
@@ -93,6 +95,38 @@ def build(program: Sequence[Instruction], handle: int = 0) -> fx.GraphModule:
     return fx.GraphModule(root, graph)
 
 
+def with_rows(module: fx.GraphModule, rows: int) -> fx.GraphModule:
+    """A program whose x and y have any number of rows, as Dynamo hands it over when they had ``rows``: a last input tells it.
+
+    Views take it from there, and what is added or multiplied is first scaled by another way to have the number 1.
+    """
+    symbols = Symbols({"rows": rows})
+    shapes: dict[str, tuple[Any, ...]] = {
+        "x": (symbols.given["rows"], 4),
+        "y": (symbols.given["rows"], 4),
+        "weight": (4, 4),
+    }
+    seeds = max(1, sum(node.target is SEED for node in module.graph.nodes))
+    graph = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    number: fx.Node | None = None
+    with symbols.mode:
+        for node in module.graph.nodes:
+            if node.op != "placeholder" and number is None:
+                number = graph.placeholder("rows")
+                number.meta["example_value"] = symbols.given["rows"]
+            new = mapping[node] = graph.node_copy(node, lambda n: mapping[n])
+            if node.op == "placeholder":
+                new.meta["example_value"] = torch.empty(shapes.get(node.name, (seeds,)))
+            elif node.target == "view" and len(node.args) == 3:
+                new.args = (new.args[0], number, 4)
+            elif node.op == "call_function" and node.target in (torch.add, torch.mul):
+                size = graph.call_method("size", (new, 0))
+                one = graph.call_function(operator.sub, (graph.call_function(operator.add, (number, 1)), size))
+                mapping[node] = graph.call_function(torch.mul, (new, one))
+    return fx.GraphModule(module, graph)
+
+
 def _item(values: Sequence[Tensor], index: int) -> Tensor:
     return values[index]
 
@@ -102,11 +136,13 @@ def count_seeds(program: Sequence[Instruction]) -> int:
     return sum(step.kind in ("seed", "source") for step in program)
 
 
-def arguments(program: Sequence[Instruction], *, grad: tuple[bool, bool, bool] = (True, False, True)) -> list[Tensor]:
+def arguments(
+    program: Sequence[Instruction], *, grad: tuple[bool, bool, bool] = (True, False, True), rows: int = SHAPE[0]
+) -> list[Any]:
     """Random arguments for a program; alpha and gate differ from seed to seed."""
     generator = torch.Generator().manual_seed(3)
     seeds = count_seeds(program)
-    shapes = (SHAPE, SHAPE, (4, 4))
+    shapes = ((rows, 4), (rows, 4), (4, 4))
     tensors = [torch.randn(s, generator=generator).requires_grad_(g) for s, g in zip(shapes, grad, strict=True)]
     return [*tensors, torch.linspace(0.5, 1.0, seeds), torch.linspace(0.25, 1.0, seeds)]
 
