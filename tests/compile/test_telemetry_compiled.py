@@ -86,8 +86,8 @@ def test_a_compiled_model_is_measured_as_an_eager_one_while_it_grows(monkeypatch
     sampled: list[bool] = []
     original = Measuring.executable
 
-    def noting(measuring: Measuring, program: SizedProgram) -> Any:
-        executable = original(measuring, program)
+    def noting(measuring: Measuring, program: SizedProgram, args: Any) -> Any:
+        executable = original(measuring, program, args)
         sampled.append(executable is not None)
         return executable
 

@@ -86,12 +86,13 @@ def test_one_kernel_serves_all_sizes_while_the_model_grows_and_is_measured() -> 
     for each, run in ((model, fast), (twin, twin)):
         optimizer = torch.optim.SGD(each.parameters(), lr=0.01)
         esper_fx.attach(optimizer, each)
-        telemetry.watch(each, every=1, directions=3)
+        watch = telemetry.watch(each, every=1, directions=3)
         assert each.settle(300)
         for ids in (_ids(3, 8), _ids(4, 5)):
             optimizer.zero_grad()
             F.cross_entropy(run(ids), ids.sum(1) % 5).backward()
             optimizer.step()
+        watch.flush()
     for mine, theirs in zip(telemetry.records(twin), telemetry.records(model), strict=True):
         assert mine.samples == theirs.samples == 2
         for field in MEASURED:
