@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from esper_fx.engine import varying
+from esper_fx.engine.executable import Executable
+from esper_fx.engine.plan import Place
 from esper_fx.engine.varying import FIXED, Guards, Varying, fake_inputs
 from esper_fx.errors import BlueprintError
 from esper_fx.passes.carry_sizes import SIZE, SizesError, carry_sizes
@@ -226,6 +228,18 @@ def test_a_bounded_number_of_sizes_is_remembered(monkeypatch: pytest.MonkeyPatch
     for size in (*range(2, 40), *range(2, 40)):
         assert guards.hold([size]) is (size > 10)
         assert len(guards._known) <= 5
+
+
+def test_what_a_kernel_returns_has_the_strides_that_are_expected_for_its_size() -> None:
+    strides = _meta((4, "size0"), {"size0": 3}).stride
+    region = SimpleNamespace(slots=(), inputs=(0, 1), outputs=(2,), frees=(), strides=(strides,), sizes={"n0": 0})
+    plan: Any = SimpleNamespace(places=3, outputs=(Place(2),), regions=(region,), varying=Varying({"size0": 0}))
+    executable = Executable(plan, [lambda size, x: (x * size,)], [], ())
+    for size in (3, 5, 2):
+        x = torch.randn(size, 4).T
+        (result,) = executable([size, x])
+        assert result.stride() == (size, 1)
+        assert torch.equal(result, x * size)
 
 
 # Bodies

@@ -98,7 +98,8 @@ def build(program: Sequence[Instruction], handle: int = 0) -> fx.GraphModule:
 def with_rows(module: fx.GraphModule, rows: int) -> fx.GraphModule:
     """A program whose x and y have any number of rows, as Dynamo hands it over when they had ``rows``: a last input tells it.
 
-    Views take it from there, and what is added or multiplied is first scaled by another way to have the number 1.
+    Views take it from there, and what is added or multiplied is first scaled by another way to have the number 1. It returns
+    twice the number and the number besides.
     """
     symbols = Symbols({"rows": rows})
     shapes: dict[str, tuple[Any, ...]] = {
@@ -124,6 +125,11 @@ def with_rows(module: fx.GraphModule, rows: int) -> fx.GraphModule:
                 size = graph.call_method("size", (new, 0))
                 one = graph.call_function(operator.sub, (graph.call_function(operator.add, (number, 1)), size))
                 mapping[node] = graph.call_function(torch.mul, (new, one))
+            elif node.op == "output":
+                results = list(new.args[0])
+                with graph.inserting_before(new):
+                    size = graph.call_method("size", (results[0], 0))
+                    new.args = ((*results, graph.call_function(operator.mul, (size, 2)), number),)
     return fx.GraphModule(module, graph)
 
 
