@@ -4,7 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-NAMES = ("swap", "dormant", "active", "reuse", "restart", "zoo", "morph", "cache", "telemetry", "kernels", "gpu")
+NAMES = (
+    "swap",
+    "dormant",
+    "active",
+    "reuse",
+    "restart",
+    "zoo",
+    "morph",
+    "cache",
+    "telemetry",
+    "sizes",
+    "kernels",
+    "gpu",
+)
 #: Left out of `all` where there is no GPU.
 NEED_GPU = ("kernels", "gpu")
 MODELS = ("transformer", "cnn")
