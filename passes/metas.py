@@ -10,6 +10,7 @@ import math
 import re
 import types
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -190,8 +191,12 @@ class Symbols:
         """Those that inputs are made of."""
         return cls({meta.name: meta.example for meta in inputs if isinstance(meta, SizeMeta)})
 
+    def active(self) -> AbstractContextManager[object]:
+        """The fake mode, and where there are names what lets every function of PyTorch take symbolic integers."""
+        return _torch.with_symbols(self.mode) if self.given else self.mode
+
     def examples(self, inputs: Sequence[InputMeta]) -> list[Any]:
-        """One of each of these inputs; call it under the mode."""
+        """One of each of these inputs; call it while they are active."""
         return [self.given[meta.name] if isinstance(meta, SizeMeta) else meta.empty(self.given) for meta in inputs]
 
     @property

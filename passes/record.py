@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.fx.proxy import GraphAppendingTracer
 from torch.overrides import TorchFunctionMode
 
-from esper_fx._torch import SET_GRAD_ENABLED, FakeTensorMode, pytree
+from esper_fx._torch import SET_GRAD_ENABLED, pytree
 from esper_fx.errors import BlueprintError
 from esper_fx.ops import reads_source
 from esper_fx.passes.canonical import canonical, digest
@@ -65,8 +65,8 @@ def record(module: nn.Module, x: TensorMeta, *, training: bool) -> BodyGraph:
     graph = fx.Graph()
     try:
         symbols = Symbols(x.names, beside_real=False)
-        with torch.inference_mode(False), torch.enable_grad(), symbols.mode as mode:
-            fakes = {key: _fake(mode, tensor) for key, tensor in tensors.items()}
+        with torch.inference_mode(False), torch.enable_grad(), symbols.active():
+            fakes = {key: _fake(tensor) for key, tensor in tensors.items()}
             memo: dict[int, Any] = {id(tensor): fakes[key] for key, tensor in tensors.items()}
             replica = copy.deepcopy(module, memo).train(training)
             value = x.with_grad(True).empty(symbols.given)
@@ -144,7 +144,7 @@ def _has_own_backward(result: Tensor) -> bool:
     return False
 
 
-def _fake(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
+def _fake(tensor: Tensor) -> Tensor:
     fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
     return nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
 

@@ -33,7 +33,7 @@ from esper_fx._torch.names import (
     TorchDispatchMode,
     pytree,
 )
-from esper_fx._torch.sizes import fake_mode, guards, new_size, symbol, symbolic_text
+from esper_fx._torch.sizes import fake_mode, guards, new_size, symbol, symbolic_text, with_symbols
 
 __all__ = [
     "BACKEND_NAME",
@@ -78,4 +78,5 @@ __all__ = [
     "triton_op",
     "uncompiled",
     "warm_inductor",
+    "with_symbols",
 ]

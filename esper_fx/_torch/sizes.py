@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
@@ -19,6 +23,13 @@ def fake_mode(*, symbolic: bool, beside_real: bool = True) -> FakeTensorMode:
         beside_real: Whether operations may take real ones as well.
     """
     return FakeTensorMode(allow_non_fake_inputs=beside_real, shape_env=ShapeEnv() if symbolic else None)
+
+
+@contextlib.contextmanager
+def with_symbols(mode: FakeTensorMode) -> Iterator[None]:
+    """A mode with symbolic sizes, with the functions for them that are written in Python."""
+    with enable_python_dispatcher(), mode:
+        yield
 
 
 def new_size(mode: FakeTensorMode, name: str, example: int) -> torch.SymInt:

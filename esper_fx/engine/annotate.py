@@ -21,7 +21,7 @@ def annotate(
         symbols: What sizes that vary are made of. Default: new ones.
     """
     symbols = symbols or Symbols.of(inputs)
-    with symbols.mode:
+    with symbols.active():
         propagate(module, symbols.examples(inputs))
     output = next(iter(reversed(module.graph.nodes)))
     values = [node.meta["example_value"] for node in output.args[0]]

@@ -106,7 +106,7 @@ class Layout:
         numbers = unwrap_numbers(graph, args)
         with ambient.on_this_thread():
             symbols, inputs, places = fake_inputs(module, args, vary=vary)
-            with symbols.mode:
+            with symbols.active():
                 effects = propagate(self.module, inputs)
         carry_sizes(graph)
         self.input_grads = tuple(isinstance(arg, Tensor) and arg.requires_grad for arg in args)

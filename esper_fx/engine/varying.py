@@ -62,7 +62,7 @@ def fake_inputs(
     """
     if not vary:
         symbols = Symbols({})
-        with symbols.mode:
+        with symbols.active():
             return symbols, [TensorMeta.of(arg).empty() if isinstance(arg, Tensor) else arg for arg in args], {}
     values = [node.meta.get("example_value") for node in module.graph.nodes if node.op == "placeholder"]
     places: dict[str, int] = {}
@@ -76,7 +76,7 @@ def fake_inputs(
     metas = [_meta(v, arg, names) if isinstance(arg, Tensor) else None for v, arg in zip(values, args, strict=True)]
     _check(metas, args, {name: args[place] for name, place in places.items()})
     integers = {place: symbols.given[name] for name, place in places.items()}
-    with symbols.mode:
+    with symbols.active():
         inputs = [integers[i] if meta is None else meta.empty(symbols.given) for i, meta in enumerate(metas)]
     return symbols, inputs, places
 
