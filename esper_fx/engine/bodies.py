@@ -23,6 +23,10 @@ class BodyGoneError(Exception):
     """Another thread has taken a body out meanwhile: what was to be got ready for it is not wanted any more."""
 
 
+class BodySizesError(SizesError):
+    """A body can be recorded for fixed sizes only."""
+
+
 class Recorded:
     """What a body was recorded as; for that body only, and while its tensors are of the kinds they were."""
 
@@ -57,7 +61,7 @@ def record_once(seed: KasminaSeed, slot: Slot) -> BodyGraph:
     Raises:
         BlueprintError: It cannot be recorded.
         BodyGoneError: There is none any more.
-        SizesError: It can be, but not for all sizes at once.
+        BodySizesError: It can be, but not for all sizes at once.
     """
     known = known_record(seed, slot)
     if known is not None:
@@ -84,5 +88,5 @@ def _record(body: nn.Module, given: TensorMeta, *, training: bool) -> BodyGraph:
     except BlueprintError as error:
         if given.names:
             record(body, given.fixed(), training=training)
-            raise SizesError(str(error)) from error
+            raise BodySizesError(str(error)) from error
         raise

@@ -79,7 +79,9 @@ class Executable:
             results = kernel(*values)
             odd = self._odd[number]
             if odd is None:
-                odd = self._odd[number] = differing(results, self._strides(region, args))
+                odd = differing(results, self._strides(region, args))
+                if not self._varying.places or all(min(result.shape, default=2) > 1 for result in results):
+                    self._odd[number] = odd  # no other sizes tell more
             if odd:
                 results, strides = list(results), self._strides(region, args)
                 for position in odd:

@@ -12,8 +12,10 @@ from torch import fx
 
 from esper_fx import _torch, ops
 from esper_fx.cache._background import ForkSafeLock
+from esper_fx.engine.bodies import BodySizesError
 from esper_fx.engine.executable import StaleError
 from esper_fx.engine.sized_program import SizedProgram, warn_once
+from esper_fx.errors import SiteError
 from esper_fx.passes.carry_sizes import SizesError
 from esper_fx.passes.propagate import is_seed
 from esper_fx.passes.wrapped_numbers import wrapped_numbers
@@ -25,6 +27,9 @@ logger = logging.getLogger(__name__)
 
 #: A graph is compiled at most so often for sizes for which what was compiled before is not right; further ones run eagerly.
 MAX_SIZES = 8
+
+#: After so many failures to compile for sizes that vary, it is for fixed ones only.
+MAX_FAILURES = 2
 
 #: A number that a graph is given and that is no size becomes a constant: it may be another one so often.
 MAX_NUMBERS = 2
@@ -48,10 +53,11 @@ class Program:
             i for i, node in enumerate(n for n in module.graph.nodes if n.op == "placeholder") if not _is_tensor(node)
         )
         self._numbers = wrapped_numbers(module.graph)
-        self._seen_numbers: set[tuple[float, ...]] = set()
+        self._seen_numbers: set[tuple[str, ...]] = set()
         self._varying: list[SizedProgram] = []  # each for all sizes that its kernels take
         self._sized: dict[tuple[Any, ...], SizedProgram] = {}  # each for sizes of its own
         self._varies = not self._nested and bool(self._integers)  # whether there may be more for sizes that vary
+        self._failures = 0  # to make one
         self._rest: SizedProgram | None = None  # for all sizes that have none of their own, once no more get one
         self._lock = ForkSafeLock()
 
@@ -99,19 +105,23 @@ class Program:
         return tuple(args[i] for i in self._integers)
 
     def _fixed(self, args: Sequence[Any]) -> tuple[Any, ...]:
-        return (*self._sizes(args), *(args[i].item() for i in self._numbers))
+        return (*self._sizes(args), *(repr(args[i].item()) for i in self._numbers))
 
     def _first_call(self, args: Sequence[Any]) -> SizedProgram:
         self._drop_retired()
-        self._seen_numbers.add(tuple(args[i].item() for i in self._numbers))
+        self._seen_numbers.add(self._fixed(args)[len(self._integers) :])
         if self._full:
             return self._known(self._make_rest(args))
-        if self._varies and min(self._sizes(args)) >= 2:
+        if self._varies and all(isinstance(size, int) and size >= 2 for size in self._sizes(args)):
             try:
                 program = SizedProgram(self, args, vary=True)
-            except SizesError as error:
-                logger.info("a program is compiled for each of its sizes: %s", error)
-                self._varies = False
+            except SiteError:
+                raise
+            except Exception as error:
+                logger.info("a program is compiled for fixed sizes: %s: %s", type(error).__name__, error)
+                self._failures += not isinstance(error, BodySizesError)  # which has gone when the body has
+                self._varies = not isinstance(error, SizesError) or isinstance(error, BodySizesError)
+                self._varies &= self._failures < MAX_FAILURES
             else:
                 self._varying = [*self._varying, program]
                 return self._known(program)
@@ -127,15 +137,16 @@ class Program:
     def _drop_retired(self) -> None:
         for program in self._varying:
             if program.retired:
-                self._varies = False
                 for growth in self.growths:
-                    growth.changes.programs.discard(program)
+                    with growth.lock:
+                        growth.changes.programs.discard(program)
         self._varying = [program for program in self._varying if not program.retired]
 
     def _known(self, sized: SizedProgram) -> SizedProgram:
         """Let the changes of its models' structure go through a program, too."""
         for growth in self.growths:
-            growth.changes.programs.add(sized)
+            with growth.lock:
+                growth.changes.programs.add(sized)
             growth.changes.kick()
         return sized
 

@@ -46,6 +46,7 @@ class SizedProgram:
 
     Raises:
         SizesError: It cannot be for all sizes.
+        Exception: It could not be compiled for all sizes. One for fixed sizes runs eagerly then.
 
     Attributes:
         active: What the next step runs.
@@ -77,15 +78,16 @@ class SizedProgram:
         self.varies = vary
         #: Whether there is something that it cannot do for all sizes at once: then each has to have a program of its own.
         self.retired = False
+        self._retiring: SizesError | None = None  # what that is, from when it is known until the next boundary
         if not eager:
             try:
                 with _torch.saved_tensors_kept():
                     self._compile(args)
-            except (SiteError, SizesError):
+            except SiteError:
                 raise  # what the user must change is told, as in eager mode
             except Exception as error:
                 if vary:
-                    raise SizesError(f"{type(error).__name__}: {error}") from error
+                    raise
                 self._give_up(error)
 
     def _compile(self, args: Sequence[Any]) -> None:
@@ -131,11 +133,12 @@ class SizedProgram:
         for growth in self.growths:
             if not switched or growth.sampler is not None:  # what measures does not fit either
                 growth.changes.kick()
-        return self.active(args)
+        active = self.active
+        return active(args) if self.takes(args, active) else self._module(*args)
 
     def _retire(self, error: BaseException) -> None:
-        """Leave all sizes to programs of their own."""
-        self.retired = True
+        """Leave all sizes to programs of their own; between two steps."""
+        self.retired, self._retiring = True, None
         self._drop()
         logger.info("a program is compiled for each of its sizes from now on: %s", error)
 
@@ -146,6 +149,7 @@ class SizedProgram:
         self._running = self._made = None
         self._pins.replace([])
         self._wanted.replace([])
+        self.measuring.drop()
 
     def _give_up(self, error: BaseException) -> None:
         self._drop()
@@ -185,11 +189,11 @@ class SizedProgram:
 
     def _ready(self, live: set[KasminaSeed]) -> Iterator[tuple[Plan, list[Variant], Assignment]]:
         """The plans whose kernels for these bodies are all in memory, the best first. Makes nothing new; fast."""
-        assignment = self._known_assignment(live)
-        if self.layout is None or assignment is None:
+        assignment, layout = self._known_assignment(live), self.layout  # read once: it may be dropped meanwhile
+        if layout is None or assignment is None:
             return
-        for plan in self.layout.plans:
-            variants = self.layout.variants(plan, assignment, known=True)
+        for plan in layout.plans:
+            variants = layout.variants(plan, assignment, known=True)
             if variants is not None and all(self.has_kernel(variant) for variant in variants):
                 yield plan, variants, assignment
 
@@ -208,7 +212,8 @@ class SizedProgram:
         if not ready:
             return None
         plan, variants, assignment = ready[0]
-        complete = self.layout is not None and len(ready) == len(self.layout.plans)
+        layout = self.layout
+        complete = layout is not None and len(ready) == len(layout.plans)
         now = self._running
         if now is not None and now.plan == plan.name and now.has(bodies):
             return now if now.complete == complete else replace(now, complete=complete)
@@ -226,6 +231,8 @@ class SizedProgram:
     def can_run(self, live: set[KasminaSeed]) -> bool:
         """Whether ``activate`` would succeed."""
         made = self._made
+        if self._retiring is not None:
+            return True
         return self.layout is None or (made is not None and made.has(self.bodies(live))) or self._best(live) is not None
 
     def has_better(self, live: set[KasminaSeed]) -> bool:
@@ -238,6 +245,9 @@ class SizedProgram:
 
     def activate(self, live: set[KasminaSeed]) -> bool:
         """Switch to what was made for these bodies, or else is the best; returns whether it runs another now."""
+        if self._retiring is not None:
+            self._retire(self._retiring)
+            return True
         made, self._made = self._made, None
         if made is None or not made.has(self.bodies(live)):
             made = self.make(live)
@@ -294,29 +304,25 @@ class SizedProgram:
             The variants that still lack a kernel, each with a ``future`` or an ``error``; nothing where ``urgent`` and
             some plan is ready.
         """
-        if self.layout is None:
+        layout = self.layout  # read once: the thread that runs the model may drop it meanwhile
+        if layout is None:
             return []
         try:
             assignment = self.assignment(live)
         except BodyGoneError:  # what is wanted now is asked for in another round
             return []
         except SizesError as error:
-            self._retire(error)
+            self._retiring = error
             return []
-        plans = self.layout.plans[-1:] if urgent else reversed(self.layout.plans)  # what is built quickly first
-        wanted = [variant for plan in plans for variant in self.layout.variants(plan, assignment) or ()]
+        plans = layout.plans[-1:] if urgent else reversed(layout.plans)  # what is built quickly first
+        wanted = [variant for plan in plans for variant in layout.variants(plan, assignment) or ()]
         if urgent and (all(map(self.has_kernel, wanted)) or self._best(live) is not None):
             return []
         self._want(wanted, also=urgent)
         missing = [variant for variant in wanted if not self.has_kernel(variant)]
         for variant in missing:
             variant.request(self.service, priority=0 if urgent else 10, retry=retry)
-        missing = [variant for variant in missing if not self.has_kernel(variant)]
-        failed = next((variant.error for variant in missing if variant.error is not None), None)
-        if self.varies and urgent and failed is not None:  # fixed sizes may compile
-            self._retire(failed)
-            return []
-        return missing
+        return [variant for variant in missing if not self.has_kernel(variant)]
 
     def _want(self, variants: list[Variant], *, also: bool) -> None:
         """Have the cache keep these kernels until they run, or else the first to come may be gone when the last comes.

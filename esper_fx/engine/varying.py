@@ -121,25 +121,25 @@ class Guards:
     def __init__(self, plan: Plan, kernels: Sequence[Any], assignment: Sequence[BodyGraph | None]) -> None:
         places = plan.varying.places
         self._sizes = tuple(places.values())
-        self._numbers = tuple(plan.varying.numbers.items())
+        self._numbers = tuple((place, repr(number)) for place, number in plan.varying.numbers.items())
         self._known: dict[tuple[int, ...], bool] = {}
         self._guards: tuple[tuple[str, tuple[tuple[str, int], ...]], ...] = ()
         if not places:
             return
-        guards = {(text, tuple(places.items())) for text in plan.varying.guards}
+        guards = dict.fromkeys((text, tuple(places.items())) for text in plan.varying.guards)
         for region, kernel in zip(plan.regions, kernels, strict=True):
-            guards |= {(text, tuple(region.sizes.items())) for text in getattr(kernel, "guards", ())}
+            guards |= dict.fromkeys((text, tuple(region.sizes.items())) for text in getattr(kernel, "guards", ()))
         for body, names in zip(assignment, plan.varying.slots, strict=False):
             if body is not None:
                 known = tuple((name, places[theirs]) for name, theirs in names.items())
-                guards |= {(text, known) for text in body.guards}
+                guards |= dict.fromkeys((text, known) for text in body.guards)
         self._guards = tuple(guards)
 
     def hold(self, args: Sequence[Any]) -> bool:
         """Whether it is, for the call with these inputs."""
         if not self._sizes:
             return True
-        if any(args[place].item() != number for place, number in self._numbers):
+        if any(repr(args[place].item()) != number for place, number in self._numbers):
             return False
         given = tuple(args[place] for place in self._sizes)
         known = self._known.get(given)
@@ -149,6 +149,9 @@ class Guards:
             known = self._known[given] = min(given) >= 2 and all(self._holds(args))
         return known
 
-    def _holds(self, args: Sequence[Any]) -> Iterator[Any]:
+    def _holds(self, args: Sequence[Any]) -> Iterator[bool]:
         for text, places in self._guards:
-            yield evaluate(text, {name: args[place] for name, place in places})
+            try:
+                yield bool(evaluate(text, {name: args[place] for name, place in places}))
+            except ArithmeticError:  # a division by what is 0 for such sizes
+                yield False

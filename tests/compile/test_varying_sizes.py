@@ -123,6 +123,39 @@ def _assert_same_maps(model: nn.Module, fast: nn.Module, batch: int) -> None:
     torch.testing.assert_close(actual, model(x), rtol=1e-4, atol=1e-4)
 
 
+class Halves(nn.Module):
+    """Needs a size that its input does not show: half of a product."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x[: x.shape[0] // 2].sin(), x[x.shape[0] // 2 :].cos()]) * self.weight
+
+
+def test_a_body_that_is_for_fixed_sizes_only_has_kernels_for_each() -> None:
+    @esper_fx.blueprint("test_halves", replace=True)
+    def halves(site: esper_fx.SiteSpec) -> nn.Module:
+        return Halves(site.features)
+
+    net = nn.Sequential(nn.Flatten(0, 1), nn.Linear(4, 4))
+    model = esper_fx.morph(net, sites="1", example_inputs=(torch.randn(3, 2, 4),))
+    fast = torch.compile(model, backend="esper", dynamic=True)
+    for rows in (3, 5):
+        x = torch.randn(rows, 4, 4)
+        torch.testing.assert_close(fast(x), model(x))
+    assert model.stats().programs == 1
+    germination = model.seeds["1"].germinate("test_halves")
+    assert germination.wait(300)
+    assert germination.exception() is None
+    nn.init.ones_(model.seeds["1"].body.weight)
+    for rows in (3, 5, 3):
+        x = torch.randn(rows, 4, 4)
+        torch.testing.assert_close(fast(x), model(x))
+    assert model.stats().plans == ("whole", "whole")
+
+
 class Short(nn.Module):
     """Another function for more than four rows."""
 

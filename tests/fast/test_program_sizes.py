@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 import esper_fx
 from esper_fx.changes import Changes
 from esper_fx.engine import program as program_module
-from esper_fx.engine.executable import Executable
+from esper_fx.engine.executable import Executable, StaleError
 from esper_fx.engine.program import Program
 from esper_fx.engine.sized_program import SizedProgram
 from esper_fx.passes.carry_sizes import SizesError
@@ -170,18 +170,65 @@ def test_what_another_thread_has_switched_to_meanwhile_is_not_called_with_sizes_
     call(program, 5)
 
 
-def test_a_program_for_all_sizes_that_is_retired_leaves_them_to_their_own(
-    model: esper_fx.MorphableModel, general: list[Any]
-) -> None:
+def test_a_program_is_retired_at_a_boundary(model: esper_fx.MorphableModel, general: list[Any]) -> None:
     program = program_of(model)
     call(program, 4)
     (sized,) = model.growth.changes.programs
-    sized._retire(RuntimeError("a body"))
-    del sized
+    sized._retiring = SizesError("a body")
+    assert sized.can_run(set())
+    call(program, 4)
+    assert not sized.retired
+    assert sized.activate(set())
+    assert sized.retired
+    assert sized.complete
     for size in (4, 6, 4):
         call(program, size)
-    assert general == ["any", 4, 6]
-    assert model.stats().programs == 2
+    assert general == ["any", "any"]
+    assert model.stats().programs == 1
+
+
+def test_bodies_of_another_kind_run_eagerly_for_sizes_that_their_kernels_do_not_take(
+    model: esper_fx.MorphableModel, general: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = program_of(model)
+    call(program, 5)
+    (sized,) = model.growth.changes.programs
+    odd, even = sized.active, Parity.__new__(Parity)
+    even.remainder, even.run = 0, odd.run
+
+    def stale(self: Parity, args: Any) -> Any:
+        if self is odd:
+            raise StaleError
+        return original(self, args)
+
+    def switch(self: SizedProgram, live: Any) -> bool:
+        self.active = even
+        return True
+
+    original = Parity.__call__
+    monkeypatch.setattr(Parity, "__call__", stale)
+    monkeypatch.setattr(SizedProgram, "activate", switch)
+    call(program, 5)
+    assert sized.active is even
+
+
+@pytest.mark.parametrize(("failures", "tried"), [(1, ["any", 4, "any"]), (9, ["any", 4, "any", 5, 6])])
+def test_what_fails_once_is_tried_again(
+    model: esper_fx.MorphableModel, monkeypatch: pytest.MonkeyPatch, failures: int, tried: list[Any]
+) -> None:
+    made: list[Any] = []
+
+    def note(self: SizedProgram, args: Any) -> None:
+        made.append("any" if self.varies else args[0])
+        if made.count("any") <= failures and self.varies:
+            raise MemoryError
+
+    monkeypatch.setattr(SizedProgram, "_compile", note)
+    monkeypatch.setattr(program_module, "MAX_SIZES", 8)
+    program = program_of(model)
+    for size in (4, 5, 6):
+        call(program, size)
+    assert made == tried
 
 
 def test_a_number_that_is_handed_over_as_a_tensor_is_a_constant_of_a_program(

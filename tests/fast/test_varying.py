@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -215,6 +216,22 @@ def test_what_the_program_its_kernels_and_its_bodies_take_for_granted_has_to_hol
     }.items():
         for _ in range(2):
             assert guards.hold(["x", *sizes]) is holds
+
+
+def test_what_cannot_be_computed_for_a_size_does_not_hold() -> None:
+    plan = _plan(Varying({"size0": 0}, ("size0 // 4 != 0", "size0 % (size0 // 4) == 0")))
+    assert [Guards(plan, [], []).hold([size]) for size in (8, 3, 9)] == [True, False, False]
+    plan = _plan(Varying({"size0": 0}, ("size0 % (size0 // 4) == 0",)))
+    assert [Guards(plan, [], []).hold([size]) for size in (8, 3, 9)] == [True, False, False]
+
+
+@pytest.mark.parametrize("number", [0.5, 0.0, -0.0, float("inf")])
+def test_a_number_in_a_tensor_has_to_be_the_same_to_the_bit(number: float) -> None:
+    plan = _plan(Varying({"size0": 0}, numbers={1: number}))
+    guards = Guards(plan, [], [])
+    for other in (0.5, 0.0, -0.0, float("inf"), float("nan")):
+        same = other == number and math.copysign(1, other) == math.copysign(1, number)
+        assert guards.hold([4, torch.tensor(other, dtype=torch.float64)]) is same
 
 
 def test_where_sizes_are_fixed_everything_holds() -> None:
