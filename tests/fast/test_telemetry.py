@@ -651,7 +651,7 @@ def test_a_watch_that_is_closed_while_kernels_are_prepared_leaves_none_behind(mo
         (program,) = run.model.growth.changes.programs
         watch = telemetry.watch(run.model)
         assert run.model.settle(60)
-        assert program.measuring.executable(program) is not None
+        assert program.measuring.executable(program, []) is not None
         program.measuring.drop()
         kernel = program.kernel
 
