@@ -170,6 +170,13 @@ class SizeMeta:
 InputMeta = TensorMeta | SizeMeta
 
 
+def fixed(inputs: Sequence[InputMeta]) -> tuple[TensorMeta | int, ...]:
+    """The same inputs, of the sizes that they are examples of."""
+    return tuple(
+        meta.example if isinstance(meta, SizeMeta) else meta.fixed() if meta.names else meta for meta in inputs
+    )
+
+
 class Symbols:
     """Symbolic integers of some names, and a fake mode in which tensors have sizes made of them.
 
@@ -187,7 +194,7 @@ class Symbols:
         self.given = {name: _torch.new_size(self.mode, name, example) for name, example in names.items()}
 
     @classmethod
-    def of(cls, inputs: Sequence[InputMeta]) -> Symbols:
+    def of(cls, inputs: Sequence[InputMeta | int]) -> Symbols:
         """Those that inputs are made of."""
         return cls({meta.name: meta.example for meta in inputs if isinstance(meta, SizeMeta)})
 
@@ -195,9 +202,16 @@ class Symbols:
         """The fake mode, and where there are names what lets every function of PyTorch take symbolic integers."""
         return _torch.with_symbols(self.mode) if self.given else self.mode
 
-    def examples(self, inputs: Sequence[InputMeta]) -> list[Any]:
+    def examples(self, inputs: Sequence[InputMeta | int]) -> list[Any]:
         """One of each of these inputs; call it while they are active."""
-        return [self.given[meta.name] if isinstance(meta, SizeMeta) else meta.empty(self.given) for meta in inputs]
+        return [
+            meta
+            if isinstance(meta, int)
+            else self.given[meta.name]
+            if isinstance(meta, SizeMeta)
+            else meta.empty(self.given)
+            for meta in inputs
+        ]
 
     @property
     def names(self) -> dict[str, str]:

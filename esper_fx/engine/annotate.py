@@ -11,13 +11,13 @@ from esper_fx.passes.propagate import propagate
 
 
 def annotate(
-    module: fx.GraphModule, inputs: Sequence[InputMeta], symbols: Symbols | None = None
+    module: fx.GraphModule, inputs: Sequence[InputMeta | int], symbols: Symbols | None = None
 ) -> tuple[TensorMeta, ...]:
     """Give every node a fake value and return what the graph's outputs are; the ambient state must be set.
 
     Args:
         module: The region.
-        inputs: What its placeholders are.
+        inputs: What its placeholders are; a number stands for itself.
         symbols: What sizes that vary are made of. Default: new ones.
     """
     symbols = symbols or Symbols.of(inputs)

@@ -21,7 +21,7 @@ from esper_fx.engine.annotate import annotate
 from esper_fx.engine.build import Ambient
 from esper_fx.engine.probes import Probes, rows_with_gradients
 from esper_fx.passes.canonical import canonical, digest
-from esper_fx.passes.metas import Dim, InputMeta, SizeMeta, TensorMeta
+from esper_fx.passes.metas import Dim, InputMeta, SizeMeta, TensorMeta, fixed
 from esper_fx.passes.record import BodyGraph
 from esper_fx.passes.specialize import specialize
 
@@ -67,12 +67,12 @@ class Variant:
         self.leaves = () if probes is None else probes.leaves()
         with self.ambient.on_this_thread():
             self.inputs = (*inputs, *self.leaves, *tensors)
-            outputs = annotate(self.module, self.inputs)
+            outputs = annotate(self.module, fixed(self.inputs))  # where gradients flow does not depend on sizes
             self.rows = () if probes is None else rows_with_gradients(graph)
             if probes is not None and self.rows:
                 self.leaves = probes.leaves(requires_grad=True)
                 self.inputs = (*inputs, *self.leaves, *tensors)
-                outputs = annotate(self.module, self.inputs)
+                outputs = annotate(self.module, fixed(self.inputs))
         self.output_grads = tuple(meta.requires_grad for meta in outputs)[: len(outputs) - (probes is not None)]
         self.key = KernelKey.of(
             graph=canonical(graph, self.module),
