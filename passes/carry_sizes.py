@@ -32,12 +32,8 @@ def carry_sizes(graph: fx.Graph) -> bool:
     numbers = [node for node in graph.nodes if _is_number(node)]
     for node in numbers:
         number = carrier.carried(node.meta["example_value"])
-        replace = partial(_replaced, node, number)
-        users = list(node.users)
-        for user in users:
-            user.args = fx.map_arg(user.args, replace)
-            user.kwargs = fx.map_arg(user.kwargs, replace)
-        changed |= bool(users) or node.op != "placeholder"
+        changed |= bool(node.users) or node.op != "placeholder"
+        give_users(node, number)
     for node in reversed(numbers):
         if node.op != "placeholder":
             graph.erase_node(node)
@@ -51,6 +47,14 @@ def _is_number(node: fx.Node) -> bool:
         return False
     varying = isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool) and node.op != "placeholder"
     return varying or isinstance(value, int | float | torch.Size)
+
+
+def give_users(node: fx.Node, number: Any) -> None:
+    """Let all that read a node read a number instead: a constant, or a tuple of constants and nodes, or a node."""
+    replace = partial(_replaced, node, number)
+    for user in list(node.users):
+        user.args = fx.map_arg(user.args, replace)
+        user.kwargs = fx.map_arg(user.kwargs, replace)
 
 
 def _replaced(node: fx.Node, number: Any, other: fx.Node) -> Any:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 from torch import Tensor, fx
+
+from esper_fx.passes.carry_sizes import give_users
 
 
 def wrapped_numbers(graph: fx.Graph) -> tuple[int, ...]:
@@ -35,13 +36,6 @@ def unwrap_numbers(graph: fx.Graph, args: Sequence[Any]) -> dict[int, Any]:
     numbers = {place: args[place].item() for place in wrapped_numbers(graph)}
     for place, number in numbers.items():
         for item in list(placeholders[place].users):
-            replace = partial(_replaced, item, number)
-            for user in list(item.users):
-                user.args = fx.map_arg(user.args, replace)
-                user.kwargs = fx.map_arg(user.kwargs, replace)
+            give_users(item, number)
             graph.erase_node(item)
     return numbers
-
-
-def _replaced(node: fx.Node, number: Any, other: fx.Node) -> Any:
-    return number if other is node else other
