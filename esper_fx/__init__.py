@@ -23,6 +23,7 @@ from esper_fx.errors import (
     MissingDependencyError,
     MorphError,
     OptimizerError,
+    ReplicaError,
     ReportFileError,
     SettingsError,
     SiteError,
@@ -39,6 +40,7 @@ from esper_fx.lineage import write_lineage
 from esper_fx.model import MorphableModel
 from esper_fx.morph import morph, wrap
 from esper_fx.optim import attach
+from esper_fx.replicas import synchronize_growth
 from esper_fx.seed import KasminaSeed
 from esper_fx.settings import Settings, configure, settings
 from esper_fx.site import ConvolutionSpec, SiteSpec, SourceSpec
@@ -77,6 +79,7 @@ __all__ = [
     "MorphableModel",
     "Morphology",
     "OptimizerError",
+    "ReplicaError",
     "ReportFileError",
     "Settings",
     "SettingsError",
@@ -97,6 +100,7 @@ __all__ = [
     "morph",
     "save_adapter",
     "settings",
+    "synchronize_growth",
     "unload_adapter",
     "unmorph",
     "unwrap",

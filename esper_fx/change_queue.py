@@ -34,15 +34,19 @@ class Change:
         moves: All of them bring a body, or all of them take one away.
         error: Why their kernels cannot be had.
         ready: Whether the next step boundary decides it.
+        agreed: Whether it does so in all processes that train replicas of the model.
         tried: Whether their kernels have been asked for.
         pause: Seconds for which it was put off last.
+        until: Done when these are over; None where it never was.
     """
 
     moves: list[Move]
     error: BaseException | None = None
     ready: bool = False
+    agreed: bool = False
     tried: bool = False
     pause: float = 0.0
+    until: Future[None] | None = None
 
     @property
     def brings(self) -> bool:
@@ -55,9 +59,18 @@ class Change:
             for move in self.moves:
                 (live.add if move.germination is not None else live.discard)(move.seed)
 
-    def __str__(self) -> str:
+    def put_off(self, pause: float, until: Future[None]) -> None:
+        """Ask for its kernels again in ``pause`` seconds, when ``until`` is done."""
+        self.tried, self.pause, self.until = False, pause, until
+
+    @property
+    def names(self) -> str:
+        """For messages: whose body comes or goes."""
         names = ", ".join(repr(move.seed.name) for move in self.moves)
-        return f"the body at site {names} has" if len(self.moves) == 1 else f"the bodies at sites {names} have"
+        return f"the body at site {names}" if len(self.moves) == 1 else f"the bodies at sites {names}"
+
+    def __str__(self) -> str:
+        return f"{self.names} {'has' if len(self.moves) == 1 else 'have'}"
 
 
 class ChangeQueue:
@@ -65,7 +78,7 @@ class ChangeQueue:
 
     def __init__(self) -> None:
         self._waiting: list[Change] = []
-        self._put_off: dict[Change, Future[None]] = {}  # until when
+        self._put_off: list[Change] = []
 
     def __bool__(self) -> bool:
         """Whether a change waits, one that is put off left aside."""
@@ -106,7 +119,7 @@ class ChangeQueue:
         if change is not None and move is not None:
             change.moves.remove(move)
             if not change.moves:
-                self._put_off.pop(change, None)
+                self._put_off = [other for other in self._put_off if other is not change]
                 self._waiting = [other for other in self._waiting if other is not change]
         return move
 
@@ -125,22 +138,14 @@ class ChangeQueue:
                 break
         return live
 
-    def delay(self, change: Change, pause: float, until: Future[None]) -> None:
-        """Put a change off, so that others go first.
-
-        Args:
-            change: One that waits.
-            pause: For how many seconds.
-            until: Done when these are over.
-        """
+    def delay(self, change: Change) -> None:
+        """Let the others go before one that waits, until what it was put off for is over."""
         self._waiting.remove(change)
-        self._put_off[change] = until
-        change.tried, change.pause = False, pause
+        self._put_off.append(change)
 
     def take_back(self) -> list[Future[None]]:
         """Queue again what was put off until now; returns what the others wait for."""
-        over = [change for change, until in self._put_off.items() if until.done()]
-        for change in over:
-            del self._put_off[change]
+        over = [change for change in self._put_off if change.until is None or change.until.done()]
+        self._put_off = [change for change in self._put_off if change not in over]
         self._waiting += over
-        return list(self._put_off.values())
+        return [change.until for change in self._put_off if change.until is not None]

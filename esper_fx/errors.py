@@ -61,6 +61,10 @@ class TargetError(EsperError, ValueError):
     """Kernels cannot be compiled for this kind of GPU."""
 
 
+class ReplicaError(EsperError, RuntimeError):
+    """Processes that train replicas of a model are not, or cannot be kept, alike."""
+
+
 class CheckpointError(EsperError, RuntimeError):
     """A checkpoint does not fit the model, or a model cannot be saved; nothing was changed."""
 

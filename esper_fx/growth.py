@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from esper_fx import _torch, blueprints, ops
 from esper_fx._garbage import collecting_later
@@ -24,6 +22,7 @@ from esper_fx.engine.probes import Sampler, measure_eagerly
 from esper_fx.errors import BlueprintError, GerminationError
 from esper_fx.germination import Germination
 from esper_fx.lifecycle import GrowthEvent, Ledger, Stage, check_transition
+from esper_fx.replicas import warn_of_other_processes
 from esper_fx.seed import KasminaSeed
 from esper_fx.settings import settings
 from esper_fx.site import SiteSpec
@@ -32,8 +31,7 @@ from esper_fx.state_fields import check_value
 
 if TYPE_CHECKING:
     from esper_fx.optim import Attachment
-
-logger = logging.getLogger(__name__)
+    from esper_fx.replicas import Replicas
 
 _handles = itertools.count(1)
 
@@ -85,6 +83,7 @@ class Growth:
         attachment: The tie to an optimizer, or None.
         scheduled: Whether an alpha is on its way.
         sampler: What takes measurements at the sites, or None.
+        replicas: The processes that train replicas of the model, where what grows is kept alike in them, or None.
         lock: Held while a transition is made.
     """
 
@@ -104,6 +103,7 @@ class Growth:
         self.attachment: Attachment | None = None
         self.scheduled = True  # until a tick has looked
         self.sampler: Sampler | None = None
+        self.replicas: Replicas | None = None
         self.changes = Changes(self)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -136,9 +136,13 @@ class Growth:
             EsperError: As for one seed; nothing has changed then, at any of them.
         """
         started = time.perf_counter()
-        _warn_of_other_processes()
+        if self.replicas is not None:
+            self.replicas.check_attached()
+        warn_of_other_processes(self)
         with self.lock, collecting_later():
             bodies = [self._build_body(order) for order in orders]
+            if self.replicas is not None:
+                self.replicas.averaging.share(bodies)
             germinations, coming = [], []
             for order, body in zip(orders, bodies, strict=True):
                 target = Stage.INCUBATING if order.weights is None else Stage.ACTIVE
@@ -218,6 +222,8 @@ class Growth:
             LifecycleError: One of them cannot be pruned; nothing has changed then, at any of them.
         """
         started = time.perf_counter()
+        if self.replicas is not None:
+            self.replicas.check_attached()
         steps = settings().embargo_steps if embargo_steps is None else embargo_steps
         with self.lock, collecting_later():
             for seed in seeds:
@@ -243,6 +249,8 @@ class Growth:
         self._move(seed, Stage.EMBARGOED, why)
         if self.attachment is not None:
             self.attachment.leave(seed)
+        if seed.body is not None:
+            seed.body.zero_grad()  # nobody else does from now on, and a norm over the model's gradients would go on counting it
         coming = self.changes.withdraw(seed)
         if coming is not None and coming.germination is not None:
             error = seed.error or GerminationError(f"site {seed.name!r} was pruned before its body was live")
@@ -369,19 +377,3 @@ def _load_weights(body: nn.Module, weights: Mapping[str, Tensor], blueprint: str
         raise BlueprintError(
             f"weights for blueprint {blueprint!r} at site {site!r} do not fit: {shortened(str(error))}"
         ) from error
-
-
-def _warn_of_other_processes() -> None:
-    """Say once that nothing keeps what has grown alike in the processes of a distributed training."""
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        _warn_once(distributed.get_world_size())
-
-
-@cache
-def _warn_once(processes: int) -> None:
-    logger.warning(
-        "a seed germinates in one of %d processes: DistributedDataParallel and FSDP do not know modules that join after they "
-        "have wrapped a model, so their gradients differ between processes. Average them yourself, and germinate and wait() at "
-        "the same step everywhere",
-        processes,
-    )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from esper_fx._torch import uncompiled
+from esper_fx._torch import unwrapped
 from esper_fx.checks import path_of
 from esper_fx.errors import ArgumentError, LineageError, MorphError
 from esper_fx.files import write_whole
@@ -148,7 +148,7 @@ def lineage_of(model: nn.Module) -> dict[str, Any]:
     """
     from esper_fx.model import MorphableModel
 
-    model = uncompiled(model)
+    model = unwrapped(model)
     if isinstance(model, MorphableModel):
         growth = model.growth
         return describe(model, snapshot(growth), growth.clock, {}, {})

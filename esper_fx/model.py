@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import chain
 
 from torch import fx, nn
 
-from esper_fx._torch import uncompiled
+from esper_fx._torch import unwrapped
 from esper_fx.errors import EsperError, MorphError
 from esper_fx.growth import Growth, Morphology
 from esper_fx.lifecycle import Ledger
+from esper_fx.morphing.branch import NAMESPACE
 from esper_fx.morphing.original import Footprint
 from esper_fx.passes.pipeline import PassRecord
 from esper_fx.passes.trace_report import TraceReport
@@ -73,6 +75,21 @@ class MorphableModel(nn.Module):
             raise MorphError(f"the forward of {type(self).__name__} is plain Python; see graphs for its parts")
         return self.graphs[""]
 
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """What `DistributedDataParallel` leaves alone: bodies, which come and go, where their replicas are kept alike."""
+        inherited = getattr(super(), "_ddp_params_and_buffers_to_ignore", ())
+        names = [*vars(self).get("_ddp_params_and_buffers_to_ignore", inherited)]
+        if self.growth.replicas is not None:
+            branch = self.get_submodule(NAMESPACE)
+            own = [f"{NAMESPACE}.{name}" for name, _ in chain(branch.named_parameters(), branch.named_buffers())]
+            names += [*own, *(f"_orig_mod.{name}" for name in own)]
+        return names
+
+    @_ddp_params_and_buffers_to_ignore.setter
+    def _ddp_params_and_buffers_to_ignore(self, names: Iterable[str]) -> None:
+        vars(self)["_ddp_params_and_buffers_to_ignore"] = list(names)
+
     def trace_report(self) -> TraceReport:
         """For every module of the original: traced, a leaf of a graph, or kept as plain Python, and why."""
         return self._trace_report
@@ -108,7 +125,7 @@ def morphed(model: object, caller: str, error: type[EsperError]) -> MorphableMod
     Raises:
         EsperError: It is no morphed model; of the class ``error``.
     """
-    found = uncompiled(model)
+    found = unwrapped(model)
     if not isinstance(found, MorphableModel):
         raise error(f"{caller}() needs a morphed model, not a {type(found).__name__}; call esper_fx.morph first")
     return found

@@ -171,6 +171,7 @@ def _assemble(
     model.graphs = graphs
     model._trace_report = report
     model.register_forward_pre_hook(_before_eager_forward)
+    model.register_forward_hook(_after_eager_forward)
     watch_loading(model, branch)
     model._additions = {}
     model._additions = additions(model, before)
@@ -191,6 +192,11 @@ def _before_eager_forward(model: nn.Module, args: Any) -> None:
     # A transform of torch.func is a calculation about the model, not a step of it, and may not write to its state.
     if not torch.compiler.is_compiling() and not in_transform():
         model.growth.changes.begin_eager_forward()  # type: ignore[union-attr,operator]
+
+
+def _after_eager_forward(model: nn.Module, args: Any, outputs: Any) -> None:
+    if not torch.compiler.is_compiling() and model.growth.replicas is not None and not in_transform():  # type: ignore[union-attr]
+        model.growth.replicas.averaging.end_forward(outputs)  # type: ignore[union-attr,operator]
 
 
 def _why_not(module: nn.Module) -> str:

@@ -171,6 +171,8 @@ def _hook(optimizer: Optimizer, models: list[weakref.ref[MorphableModel]], growt
         if target is not None:
             started = time.perf_counter()
             target.tick()
+            if target.replicas is not None:
+                target.replicas.end_step()
             target.changes.count_host_time(time.perf_counter() - started)
 
     return [

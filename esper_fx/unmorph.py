@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from esper_fx._torch import uncompiled
+from esper_fx._torch import unwrapped
 from esper_fx.errors import MorphError
 from esper_fx.lineage import ATTRIBUTE, SeedSnapshot, describe, snapshot
 from esper_fx.model import MorphableModel
@@ -59,7 +59,7 @@ def unmorph(model: nn.Module, *, fold: bool = False) -> nn.Module:
         MorphError: The model is not morphed, a kept body cannot do without esper_fx, or a kept site of a loaded model is
             not known well enough before its first call. Nothing has changed then.
     """
-    source = uncompiled(model)
+    source = unwrapped(model)
     if not isinstance(source, MorphableModel):
         raise MorphError(f"unmorph() needs a model that esper_fx.morph has made, not a {type(source).__name__}")
     seeds = snapshot(source.growth)

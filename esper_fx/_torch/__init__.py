@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from esper_fx._torch.dynamo import BACKEND_NAME, compiling_for_esper, is_kernel_call, is_recompile, kernel_side_table
 from esper_fx._torch.eager import (
+    at_end_of_backward,
+    backward_pass,
+    calling_wrapper,
     in_backward,
     in_transform,
     is_owned,
@@ -13,7 +16,7 @@ from esper_fx._torch.eager import (
     saved_tensors_kept,
     storage_id,
     triton_op,
-    uncompiled,
+    unwrapped,
 )
 from esper_fx._torch.environment import compile_environment, inductor_patch, inductor_settings
 from esper_fx._torch.inductor import Uncacheable, compile_graph, cpp_compiler, load_graph, warm_inductor
@@ -31,6 +34,7 @@ from esper_fx._torch.names import (
     OpOverload,
     OpOverloadPacket,
     TorchDispatchMode,
+    WeakIdKeyDictionary,
     pytree,
 )
 from esper_fx._torch.sizes import fake_mode, guards, new_size, symbol, symbolic_text, with_symbols
@@ -51,6 +55,10 @@ __all__ = [
     "OpOverloadPacket",
     "TorchDispatchMode",
     "Uncacheable",
+    "WeakIdKeyDictionary",
+    "at_end_of_backward",
+    "backward_pass",
+    "calling_wrapper",
     "compile_environment",
     "compile_graph",
     "compiling_for_esper",
@@ -76,7 +84,7 @@ __all__ = [
     "symbol",
     "symbolic_text",
     "triton_op",
-    "uncompiled",
+    "unwrapped",
     "warm_inductor",
     "with_symbols",
 ]

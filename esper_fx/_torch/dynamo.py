@@ -21,6 +21,8 @@ def compiling_for_esper() -> bool:
         if getattr(backend, "esper_backend", False) or backend == BACKEND_NAME:
             return True
         inner = getattr(backend, "_torchdynamo_orig_backend", None) or getattr(backend, "compiler_fn", None)
+        if inner is None:  # within DistributedDataParallel: a method of what cuts the graph at its buckets
+            inner = getattr(getattr(backend, "__self__", None), "backend_compile_fn", None)
         if inner is None or inner is backend:
             return False
         backend = inner

@@ -60,9 +60,20 @@ def triton_op(name: str) -> Callable[[Callable[..., Any]], Any]:
     return define
 
 
-def uncompiled(module: Any) -> Any:
-    """The module that `torch.compile` was given, or the module itself where it was not compiled."""
-    return getattr(module, "_orig_mod", module)
+def unwrapped(module: Any) -> Any:
+    """The module that `torch.compile` and `DistributedDataParallel` were given, or the module itself where none was."""
+    while isinstance(module, nn.Module):
+        name = "module" if isinstance(module, nn.parallel.DistributedDataParallel) else "_orig_mod"
+        if name not in module._modules:
+            break
+        module = module._modules[name]
+    return module
+
+
+def calling_wrapper() -> nn.parallel.DistributedDataParallel | None:
+    """The `DistributedDataParallel` that calls its module now, or None."""
+    wrapper: nn.parallel.DistributedDataParallel | None = nn.parallel.DistributedDataParallel._get_active_ddp_module()
+    return wrapper
 
 
 def load_in_progress() -> tuple[bool, dict[str, Any] | None]:
@@ -91,9 +102,19 @@ def in_transform() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def backward_pass() -> int:
+    """The number of the backward pass that the calling thread is in the middle of; -1: it is in none."""
+    return int(torch._C._current_graph_task_id())
+
+
 def in_backward() -> bool:
     """Whether the calling thread is in the middle of a backward pass."""
-    return bool(torch._C._current_graph_task_id() != -1)
+    return backward_pass() != -1
+
+
+def at_end_of_backward(callback: Callable[[], None]) -> None:
+    """Have something called when the backward pass that the calling thread is in the middle of has all gradients."""
+    torch.autograd.Variable._execution_engine.queue_callback(callback)
 
 
 def may_be_repeated() -> bool:

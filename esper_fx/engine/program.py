@@ -62,6 +62,13 @@ class Program:
         self._lock = ForkSafeLock()
 
     def __call__(self, *args: Any) -> Any:
+        outputs = self._run(args)
+        for growth in self.growths:
+            if growth.replicas is not None and not _torch.in_backward():
+                growth.replicas.averaging.end_forward(outputs)
+        return outputs
+
+    def _run(self, args: tuple[Any, ...]) -> Any:
         started = time.perf_counter()
         if not _torch.in_backward():  # where checkpointing runs a forward pass again: with what it ran with before
             for growth in self.growths:

@@ -128,13 +128,18 @@ class SizedProgram:
         self._running = self._made = None
         switched = self.activate(live)
         if not switched:
-            self.active, self.plan = self._run_eagerly, "eager"
-            self._pins.replace([])
+            self.run_eagerly()
         for growth in self.growths:
             if not switched or growth.sampler is not None:  # what measures does not fit either
                 growth.changes.kick()
         active = self.active
         return active(args) if self.takes(args, active) else self._module(*args)
+
+    def run_eagerly(self) -> None:
+        """Run eagerly until :meth:`activate` finds kernels for what is live."""
+        self._running = self._made = None
+        self.active, self.plan = self._run_eagerly, "eager"
+        self._pins.replace([])
 
     def _retire(self, error: BaseException) -> None:
         """Leave all sizes to programs of their own; between two steps."""
@@ -144,10 +149,7 @@ class SizedProgram:
 
     def _drop(self) -> None:
         self.layout = None
-        self.active = self._run_eagerly
-        self.plan = "eager"
-        self._running = self._made = None
-        self._pins.replace([])
+        self.run_eagerly()
         self._wanted.replace([])
         self.measuring.drop()
 

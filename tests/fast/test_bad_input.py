@@ -205,6 +205,10 @@ DOORS = [
     Door("MorphableModel.seeds, one", lambda w, v: w.model.seeds[v]),
     Door("attach optimizer", lambda w, v: esper_fx.attach(v, w.model)),
     Door("attach model", lambda w, v: esper_fx.attach(w.optimizer, v)),
+    Door("synchronize_growth model", lambda w, v: esper_fx.synchronize_growth(v)),
+    Door(
+        "synchronize_growth process_group", lambda w, v: v is None or esper_fx.synchronize_growth(w.model, v), "None"
+    ),  # None means all processes
     Door("attach lr", lambda w, v: _attach_anew(w, lr=v), f"{REAL} inf"),
     Door("attach params", lambda w, v: _attach_anew(w, params=v)),
     Door("attach an option that there is not", lambda w, v: _attach_anew(w, learning_rate=v)),

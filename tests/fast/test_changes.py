@@ -13,7 +13,7 @@ from collections.abc import Callable
 import pytest
 
 import esper_fx
-from esper_fx import changes
+from esper_fx import preparing
 from esper_fx.changes import Changes
 from esper_fx.lifecycle import Stage
 from tests.support.processes import eventually
@@ -188,7 +188,7 @@ def test_a_copy_takes_up_what_the_original_had_begun_and_nothing_that_it_has_beg
 
 def pruned_without_a_kernel(monkeypatch: pytest.MonkeyPatch, pause: float) -> tuple[esper_fx.MorphableModel, StandIn]:
     """A model whose seed at 0 was live and is pruned, but no kernel without its body can be made."""
-    monkeypatch.setattr(changes, "FIRST_PAUSE_S", pause)
+    monkeypatch.setattr(preparing, "FIRST_PAUSE_S", pause)
     model = small_model()
     program = StandIn(model)
     program.land("0")
@@ -214,7 +214,7 @@ def test_a_prune_without_a_kernel_is_tried_again_until_there_is_one(monkeypatch:
 def test_the_pauses_between_tries_double_up_to_a_bound_and_the_log_names_site_and_reason(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(changes, "LAST_PAUSE_S", 0.004)
+    monkeypatch.setattr(preparing, "LAST_PAUSE_S", 0.004)
     _model, program = pruned_without_a_kernel(monkeypatch, pause=0.001)
     assert eventually(lambda: len(program.asked) > 5)
     assert [record.getMessage() for record in caplog.records[:5]] == [
@@ -227,7 +227,7 @@ def test_the_pauses_between_tries_double_up_to_a_bound_and_the_log_names_site_an
 def test_seeds_that_are_pruned_together_are_put_off_and_go_together(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(changes, "FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr(preparing, "FIRST_PAUSE_S", 0.001)
     model = small_model()
     program = StandIn(model)
     for sites in (["0"], ["0", "1"]):
@@ -247,7 +247,7 @@ def test_seeds_that_are_pruned_together_are_put_off_and_go_together(
 
 def test_while_a_prune_is_put_off_it_is_pending_and_other_changes_go_live(monkeypatch: pytest.MonkeyPatch) -> None:
     model, program = pruned_without_a_kernel(monkeypatch, pause=1000.0)
-    assert eventually(lambda: model.growth.changes._queue.put_off)
+    assert eventually(lambda: model.growth.changes.queue.put_off)
     program.land("0", "1")
     assert model.seeds["1"].germinate("low_rank").wait(10)
     assert program.running == {"0", "1"}
@@ -258,7 +258,7 @@ def test_while_a_prune_is_put_off_it_is_pending_and_other_changes_go_live(monkey
 
 def test_a_prune_that_is_put_off_is_withdrawn_where_another_takes_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
     model, program = pruned_without_a_kernel(monkeypatch, pause=1000.0)
-    assert eventually(lambda: model.growth.changes._queue.put_off)
+    assert eventually(lambda: model.growth.changes.queue.put_off)
     program.land()
     model.growth.fail(model.seeds["0"], RuntimeError("it broke"))
     assert model.settle(10)

@@ -31,16 +31,17 @@ class StandIn:
     Attributes:
         running: The sites whose bodies it runs now.
         asked: For each time a kernel was asked for, the sites that are live in it.
+        eager: Whether it runs eagerly until it is told to run what there is a kernel for.
         broken: Why no kernel that is asked for can be made, or None.
         better: The kernel of a better plan for what runs now, or None where there is no such plan.
     """
 
-    complete = True
     service = _service
 
     def __init__(self, model: esper_fx.MorphableModel) -> None:
         self.growths = [model.growth]
         self.running: frozenset[str] = frozenset()
+        self.eager = False
         self.asked: list[frozenset[str]] = []
         self.broken: BaseException | None = None
         self.better: Flight | None = None
@@ -73,8 +74,17 @@ class StandIn:
     def activate(self, live: Iterable[esper_fx.KasminaSeed]) -> bool:
         before = self.running
         if self.can_run(live):
-            self.running = _sites(live)
+            self.running, self.eager = _sites(live), False
         return self.running != before
+
+    restore = activate
+
+    @property
+    def complete(self) -> bool:
+        return not self.eager
+
+    def run_eagerly(self) -> None:
+        self.eager = True
 
     def make(self, live: Iterable[esper_fx.KasminaSeed]) -> None:
         return None
@@ -83,7 +93,7 @@ class StandIn:
         pass
 
     def has_better(self, live: Iterable[esper_fx.KasminaSeed]) -> bool:
-        return False
+        return self.eager and self.can_run(live)
 
     def request(self, live: Iterable[esper_fx.KasminaSeed], *, urgent: bool, retry: bool) -> list[Flight]:
         if self.can_run(live):
