@@ -15,7 +15,7 @@ RUN   := env PATH="$(CURDIR)/$(BIN):$$PATH"
 
 help:
 	@echo "make demo      grow a small network inside torch.compile, print what happened, draw it (ARGS=--text for the other one)"
-	@echo "make test      the tests: fast, property, compile and kernels lanes"
+	@echo "make test      the tests: fast, processes, property, compile and kernels lanes"
 	@echo "make fast      only the tests that compile nothing"
 	@echo "make lint      ruff: rules and format"
 	@echo "make types     mypy --strict on the installed package"
@@ -63,12 +63,12 @@ demo: $(STAMP)
 	@$(RUN) esper-fx demo $(ARGS)
 
 test: $(STAMP)
-	@echo "==> Tests: fast, property, compile and kernels lanes"
-	@$(RUN) python -m pytest -n $(JOBS) --dist worksteal -m "(fast or property or compile or kernels) and not nightly" $(ARGS)
+	@echo "==> Tests: fast, processes, property, compile and kernels lanes"
+	@$(RUN) python -m pytest -n $(JOBS) --dist worksteal -m "not gpu and not nightly" $(ARGS)
 
 fast: $(STAMP)
 	@echo "==> Tests: fast lane"
-	@$(RUN) python -m pytest -n $(JOBS) --dist worksteal -m "fast and not nightly" $(ARGS)
+	@$(RUN) python -m pytest tests/fast -n $(JOBS) --dist worksteal -m "not nightly" $(ARGS)
 
 lint: $(STAMP)
 	@echo "==> ruff check, ruff format --check"

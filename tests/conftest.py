@@ -1,7 +1,7 @@
 """Lanes, shared settings and hypothesis profiles of the test suite.
 
-A test's lane is the folder it lies in: tests/fast, tests/property, tests/compile, tests/kernels, tests/gpu. Nobody
-writes the marker.
+A test's lane is the folder it lies in: tests/fast, tests/processes, tests/property, tests/compile, tests/kernels, tests/gpu.
+Nobody writes the marker.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if not torch.cuda.is_available():  # Triton decides when a kernel is defined, so
 import esper_fx
 
 TESTS = Path(__file__).parent
-LANES = ("compile", "kernels", "property", "fast", "gpu")
+LANES = ("compile", "kernels", "property", "processes", "fast", "gpu")
 
 # derandomize: the same commit gives the same verdict. No deadline: nothing is timed in a test.
 settings.register_profile("ci", max_examples=50, derandomize=True, deadline=None)
@@ -78,7 +78,7 @@ def _session_settings(kernel_folder: Path) -> Iterator[None]:
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
     """Tests that compile nothing compute next to nothing: threads that wait for each other would only make them slow."""
-    if not {"fast", "property"} & set(request.path.relative_to(TESTS).parts):
+    if not {"fast", "processes", "property"} & set(request.path.relative_to(TESTS).parts):
         yield
         return
     threads = torch.get_num_threads()

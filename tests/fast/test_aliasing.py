@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 from esper_fx.engine.aliasing import check
 
-pytestmark = pytest.mark.fast
-
 
 def _apart() -> tuple[Tensor, Tensor]:
     return torch.zeros(4, 4), torch.zeros(4)

@@ -14,8 +14,6 @@ from esper_fx.engine.plan import Slot
 from esper_fx.passes.metas import TensorMeta
 from esper_fx.seed import KasminaSeed
 
-pytestmark = pytest.mark.fast
-
 X = torch.zeros(2, 4)
 SLOT = Slot(0, 0, TensorMeta.of(X), True)
 

@@ -9,8 +9,6 @@ from torch._inductor.runtime import cache_dir_utils
 
 from esper_fx._torch import inductor
 
-pytestmark = pytest.mark.fast
-
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

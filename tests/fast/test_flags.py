@@ -10,8 +10,6 @@ import torch
 from esper_fx import flags
 from esper_fx.engine.build import Ambient
 
-pytestmark = pytest.mark.fast
-
 
 @pytest.fixture(autouse=True)
 def _restored() -> Iterator[None]:

@@ -13,8 +13,6 @@ from torch.nn.utils import parametrizations
 
 from esper_fx.morphing.replica import replica
 
-pytestmark = pytest.mark.fast
-
 
 class Odd(nn.Module):
     """Attributes of all kinds, some of them in two places."""

@@ -11,8 +11,6 @@ import esper_fx
 from esper_fx.engine.service import service
 from esper_fx.errors import StoreError
 
-pytestmark = pytest.mark.fast
-
 
 @pytest.fixture
 def shared(tmp_path: Path) -> Path:

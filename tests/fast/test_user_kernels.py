@@ -18,8 +18,6 @@ from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_mut
 
 from tests.support import triton_kernels
 
-pytestmark = pytest.mark.fast
-
 
 def _graph(kernel: Any, **constants: Any) -> fx.Graph:
     table = kernel_side_table()

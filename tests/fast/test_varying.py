@@ -20,8 +20,6 @@ from esper_fx.passes.metas import Size, SizeMeta, Symbols, TensorMeta, evaluate
 from esper_fx.passes.propagate import propagate
 from esper_fx.passes.record import BodyGraph, record
 
-pytestmark = pytest.mark.fast
-
 
 def _meta(shape: tuple[Any, ...], names: dict[str, int]) -> TensorMeta:
     """What a contiguous tensor is whose shape is made of names."""

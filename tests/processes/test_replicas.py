@@ -27,8 +27,6 @@ from tests.support.processes import eventually
 from tests.support.replicas import in_replicas
 from tests.support.standin import StandIn, small_model
 
-pytestmark = pytest.mark.fast
-
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_it_is_said_once_that_nothing_keeps_what_has_grown_alike(

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import esper_fx
 from esper_fx.unmorphing.fold import merge
-from tests.fast.test_morph import Branching, Tied
+from tests.support.cases import Branching, Tied
 from tests.support.examples import examples
 from tests.support.growing import assert_same_function, classes_of_ours, grow, randomize
 
