@@ -70,6 +70,11 @@ def unwrapped(module: Any) -> Any:
     return module
 
 
+def copy_each(values: list[Tensor], to: list[Tensor]) -> None:
+    """Copy tensors to others of their shapes, dtype and device, in as few kernels as that takes."""
+    torch._foreach_copy_(to, values)
+
+
 def calling_wrapper() -> nn.parallel.DistributedDataParallel | None:
     """The `DistributedDataParallel` that calls its module now, or None."""
     wrapper: nn.parallel.DistributedDataParallel | None = nn.parallel.DistributedDataParallel._get_active_ddp_module()

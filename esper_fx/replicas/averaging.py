@@ -107,7 +107,10 @@ class Averaging:
         """Average the gradients over the processes. What was averaged before stays as it is, so they may accumulate."""
         for some in _by_kind(self._parameters()):
             gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in some]
-            used = torch.tensor([float(p.grad is not None) for p in some], dtype=some[0].dtype).to(some[0].device)
+            used = some[0].new_ones(len(some))
+            for number, parameter in enumerate(some):
+                if parameter.grad is None:
+                    used[number] = 0
             flat = torch.cat([*(gradient.reshape(-1) for gradient in gradients), used]).div_(self._size)
             distributed.all_reduce(flat, group=self._group_of(flat))
             _scatter(flat, gradients)
@@ -127,7 +130,5 @@ def _by_kind(tensors: Iterable[Any]) -> list[list[Any]]:
 
 def _scatter(flat: Tensor, tensors: list[Tensor]) -> None:
     """Write what lies one after the other in ``flat`` to tensors, in their order."""
-    start = 0
-    for tensor in tensors:
-        tensor.copy_(flat[start : start + tensor.numel()].view(tensor.shape))
-        start += tensor.numel()
+    parts = flat[: sum(tensor.numel() for tensor in tensors)].split([tensor.numel() for tensor in tensors])
+    _torch.copy_each([part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)], tensors)

@@ -39,7 +39,8 @@ def synchronize_growth(model: MorphableModel, process_group: ProcessGroup | None
     What changes the structure (``germinate``, ``blend``, ``prune``, ``fossilize``, adapters, checkpoints) and what waits for it
     must be called in all processes in the same order, between the same two steps of the optimizer, like collective operations.
     Where it is not, a `ReplicaError` says so at the next step. An ``await`` may be cancelled in all processes or in none, and
-    `Join` contexts are not supported. A process may run further forward passes by itself, for an evaluation.
+    `Join` contexts are not supported. A process may run further forward passes by itself, for an evaluation. Where
+    `DistributedDataParallel` gets a larger module around the model, bodies that are there already cannot be pruned.
 
     Args:
         model: A morphed model, or what `torch.compile` has made of one.

@@ -85,7 +85,13 @@ def grow(folder: Path, outside: bool, rank: int) -> Any:
         return events, stats.recompiles, step, learned
 
 
-@pytest.mark.parametrize("outside", [False, True], ids=["the model is compiled", "what wraps it is compiled"])
+@pytest.mark.parametrize(
+    "outside",
+    [
+        pytest.param(True, id="what wraps the model is compiled"),
+        pytest.param(False, id="the model is compiled", marks=pytest.mark.nightly),  # much the same to Dynamo
+    ],
+)
 def test_replicas_grow_in_the_same_steps_and_learn_what_one_process_learns(kernel_folder: Path, outside: bool) -> None:
     results = in_replicas(functools.partial(grow, kernel_folder, outside))
     (events, recompiles, steps, _), (others, *_) = results
