@@ -68,7 +68,6 @@ class Averaging:
             wrapper = _torch.calling_wrapper()
             self._wrapped = self._wrapped or wrapper is not None
             self._averages = not self._wrapped if wrapper is None else wrapper.require_backward_grad_sync
-        self.watch()
 
     def end_forward(self, outputs: Any) -> None:
         """The model has returned these: a backward pass that begins at one of them may reach no body."""
@@ -77,7 +76,7 @@ class Averaging:
                 output.register_hook(self._notice)
 
     def watch(self) -> None:
-        """Have the gradients of live bodies averaged in backward passes to come, also of what is trained only from now on."""
+        """Notice backward passes through live bodies: with another backend nothing else tells of one."""
         for parameter in self._parameters():
             if parameter not in self._watched:
                 self._watched[parameter] = parameter.register_post_accumulate_grad_hook(self._notice)
