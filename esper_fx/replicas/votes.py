@@ -75,7 +75,6 @@ class Votes:
     def look(self, staying: bool) -> bool:
         """Take part in one vote, in processes that wait; returns whether all of them wait on. Blocks."""
         if self._opens(staying):
-            self._wait()
             staying = self._count()
             self._growth.changes.apply()
         return staying
@@ -108,17 +107,13 @@ class Votes:
         work = distributed.all_reduce(ballot, distributed.ReduceOp.MIN, self.voters, async_op=True)
         self._open = Vote(change, ballot, work)
 
-    def _wait(self) -> None:
-        """Wait for the others' votes. Can be interrupted, other than what PyTorch waits with."""
-        while self._open is not None and not self._open.work.is_completed():
-            time.sleep(LOOK_S)
-
     def _count(self) -> bool:
         """Count the vote that is open and follow it; returns whether all who wait wait on."""
         vote = self._open
         if vote is None:  # growth is no longer synchronized
             return True
-        self._wait()
+        while not vote.work.is_completed():  # which, other than PyTorch's wait(), can be interrupted
+            time.sleep(LOOK_S)
         self._open = None
         try:
             vote.work.wait()
